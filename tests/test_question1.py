@@ -1,0 +1,170 @@
+"""Question 1 (b) to (d): models, mixed batches, gradients, subsets, paired comparison."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import utils
+from scipy import stats
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+def split(count, size=32, seed=0, mark=False):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 1, size, size), generator=generator).to(torch.uint8)
+    if mark:
+        images[:, 0, 0, 0] = torch.arange(count) % 256
+    return utils.Split(images, torch.arange(count) % 10)
+
+
+def test_base_cnn_computes_what_the_starter_defines(nb):
+    torch.manual_seed(0)
+    ours = nb.base_trunk()
+    starter = nn.Sequential(
+        nn.Conv2d(1, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    starter.load_state_dict(ours.state_dict())
+    for size in (28, 32):
+        images = torch.randn(8, 1, size, size)
+        left, right = ours(images), starter(images)
+        assert torch.equal(left, right) and left.shape == (8, 64)
+        for model, features in ((ours, left), (starter, right)):
+            model.zero_grad()
+            features.square().sum().backward()
+        for one, two in zip(ours.parameters(), starter.parameters(), strict=True):
+            assert torch.allclose(one.grad, two.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_head_has_one_hidden_layer(nb):
+    assert [type(layer) for layer in nb.task_head()] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert nb.classifier()(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "per domain", "separate passes"])
+@pytest.mark.parametrize("task", [0, 1])
+def test_one_tasks_gradient_leaves_the_other_head_and_reaches_the_trunk(nb, kind, task):
+    model = nb.TwoHeads(kind)
+    scores = model(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
+    F.cross_entropy(scores[task], torch.arange(8)).backward()
+    assert all(p.grad is None for p in model.heads[1 - task].parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.heads[task].parameters())
+    assert model.trunk[0].weight.grad.abs().sum() > 0
+
+
+def test_two_heads_put_each_half_through_its_own_head(nb):
+    model = nb.TwoHeads("mixed").eval()
+    digits, streets = torch.randn(4, 1, 32, 32), torch.randn(4, 1, 32, 32)
+    for number, scores in enumerate(model(digits, streets)):
+        alone = model.task(number)((digits, streets)[number])
+        assert torch.allclose(scores, alone, atol=1e-5)
+    with pytest.raises(ValueError, match="batch_norm"):
+        nb.TwoHeads("none")
+
+
+def test_domain_batch_norm_keeps_statistics_per_domain(nb):
+    layer = nb.DomainBatchNorm2d(3)
+    halves = torch.randn(6, 3, 4, 4) + 5, 3 * torch.randn(6, 3, 4, 4) - 5
+    joined = layer(torch.cat(halves))
+    for norm, half, out in zip(layer.norms, halves, joined.chunk(2), strict=True):
+        reference = nn.BatchNorm2d(3)
+        assert torch.allclose(reference(half), out, atol=1e-6)
+        assert torch.allclose(reference.running_mean, norm.running_mean)
+    model = nb.TwoHeads("per domain").eval()
+    assert not any(isinstance(m, nb.DomainBatchNorm2d) for m in model.task(0).modules())
+
+
+@pytest.mark.parametrize("sizes", [(300, 70), (70, 300), (64, 64), (65, 1000), (30, 100)])
+def test_mixed_batches_are_64_and_64_and_see_every_sample_equally_often(nb, sizes):
+    splits = [split(n, size=16) for n in sizes]
+    for part in splits:  # the label is the picture's number: count them
+        object.__setattr__(part, "labels", torch.arange(len(part)))
+    steps = -(-max(sizes) // 64)
+    loaders = [utils.Loader(part, 64, seed=n, device=CPU) for n, part in enumerate(splits)]
+    batches = list(nb.paired_batches(*loaders, steps)(3))
+    assert len(batches) == steps
+    assert all(len(x) == len(y) == 64 for pair in batches for x, y in pair)
+    for number, size in enumerate(sizes):
+        seen = torch.bincount(torch.cat([pair[number][1] for pair in batches]), minlength=size)
+        assert seen.max() - seen.min() <= 1 and seen.sum() == 64 * steps
+
+
+def test_pictures_stay_with_their_labels_in_mixed_batches(nb):
+    part = split(100, mark=True)
+    for images, labels in nb.one_epoch(utils.Loader(part, 64, device=CPU), 3, epoch=0):
+        marks = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        assert torch.equal(labels, marks % 10)
+
+
+def test_subsets_are_balanced_repeatable_and_disjoint_from_test(nb):
+    train, test = split(600, mark=True), split(100, seed=1)
+    subset = nb.balanced_subset(train, 500, seed=4)
+    assert subset.counts() == [50] * 10 and len(subset) == 500
+    rows = [bytes(image.numpy().tobytes()) for image in subset.images]
+    assert len(set(rows)) == 500  # without repetition
+    assert not set(rows) & {bytes(image.numpy().tobytes()) for image in test.images}
+    assert torch.equal(subset.images, nb.balanced_subset(train, 500, seed=4).images)
+    assert not torch.equal(subset.images, nb.balanced_subset(train, 500, seed=5).images)
+
+
+@pytest.mark.parametrize("size", [0, 5, 25, -10, 700])
+def test_subset_refuses_sizes_it_cannot_balance(nb, size):
+    with pytest.raises(ValueError, match="size"):
+        nb.balanced_subset(split(600), size, seed=0)
+
+
+def test_subset_refuses_a_missing_class(nb):
+    whole = split(200)
+    without_nines = whole.take(torch.where(whole.labels != 9)[0])
+    with pytest.raises(ValueError, match="every digit"):
+        nb.balanced_subset(without_nines, 50, seed=0)
+
+
+def test_paired_interval_is_the_t_interval(nb):
+    differences = [0.5, -0.2, 0.9, 0.4, 0.1]
+    mean, half = nb.paired_interval(differences)
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(differences), scale=stats.sem(differences))
+    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+    with pytest.raises(ValueError, match="differences"):
+        nb.paired_interval([1.0])
+
+
+def test_comparison_takes_any_pair_and_gives_the_same_numbers_twice(nb, monkeypatch, tmp_path):
+    pair = [
+        utils.DigitData(f"toy {n}", split(200, seed=n), split(50, seed=9), False) for n in (0, 1)
+    ]
+    options = {
+        "recipes": ("one-cycle + warp", "one-cycle + warp + light"),
+        "epochs": 2, "steps": 2, "batch_norm": "mixed",
+    }  # fmt: skip
+    first, histories = nb.compare_on_few(pair, 50, 0, watch=True, **options)
+    monkeypatch.setenv("A3_RUNS", str(tmp_path / "again"))
+    second, _ = nb.compare_on_few(pair, 50, 0, watch=True, **options)
+    assert first == second
+    assert set(histories) == {"single 0", "single 1", "multi"}
+    assert len(histories["multi"].of_task("street").column("test_acc")) == 2
+
+
+def test_recipe_is_chosen_without_the_test_split(nb, monkeypatch):
+    seen = []
+
+    def spy(train, held_out, recipe, **_):
+        seen.extend([train, held_out])
+        score = {"one-cycle": 90.0}.get(recipe, 50.0)
+        return None, utils.History([{"epoch": 1, "seconds": 0.0, "test_acc": score}])
+
+    monkeypatch.setitem(nb.choose_recipe.__globals__, "train_single", spy)
+    data = utils.DigitData("toy", split(200), split(50, seed=7), False)
+    best, scores = nb.choose_recipe(data, 60, 1)
+    assert best == "one-cycle" and set(scores) == set(nb.RECIPES)
+    test_rows = {bytes(image.numpy().tobytes()) for image in data.test.images}
+    for part in seen:
+        assert not test_rows & {bytes(image.numpy().tobytes()) for image in part.images}
+    fitted, held = seen[0], seen[1]
+    assert not {bytes(i.numpy().tobytes()) for i in fitted.images} & {
+        bytes(i.numpy().tobytes()) for i in held.images
+    }
