@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: all run pdf results test fast-test lint format sync publish bench clean
+.PHONY: all run pdf results test fast-test lint format sync publish readme bench clean
 
 all: run pdf results
 
@@ -26,7 +26,9 @@ results: $(READY)
 	$(BIN)/python tools/notebook.py results
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	rm -rf build/smoke
+	A3_PROFILE=tiny A3_RUNS=build/smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 \
+	  --durations=10 assignment3.ipynb tests
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
@@ -44,6 +46,9 @@ sync: $(READY)  # after a change of utils.py
 
 publish: $(READY)  # make the last run the committed one
 	$(BIN)/python tools/notebook.py publish build/assignment3.ipynb
+	$(BIN)/python tools/notebook.py readme
+
+readme: $(READY)
 	$(BIN)/python tools/notebook.py readme
 
 bench: $(READY)

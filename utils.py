@@ -64,7 +64,6 @@ CHOICES = {
     "A3_DATA": ("auto", "real", "embedded"),
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
-FIGURES = Path("figures")
 
 
 def switch(name: str, default: str | None = None) -> str:
@@ -93,6 +92,16 @@ def data_root() -> Path:
 def runs_folder() -> Path:
     """Folder of checkpoints and rendered pictures: A3_RUNS, else ./runs. Made when missing."""
     folder = Path(os.environ.get("A3_RUNS") or "runs").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def figures_folder() -> Path:
+    """Folder of pictures and results.json: ./figures, or inside A3_RUNS for the tiny profile.
+
+    So a smoke run never overwrites the pictures of a full one. Made when missing.
+    """
+    folder = Path("figures") if profile() == "full" else runs_folder() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -1263,19 +1272,6 @@ def random_affine(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def random_light(images: Tensor, generator: torch.Generator, *, strength: float = 0.4) -> Tensor:
-    """Change contrast and brightness of each picture, and turn one in two to its negative.
-
-    images: float in -1..1, N x C x H x W. Street numbers are as often light on dark as dark on
-    light, so a negative is a street number too.
-    """
-    shape = (len(images), 1, 1, 1)
-    spread = torch.rand(2, *shape, generator=generator) * 2 - 1
-    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    gain = (sign * (1 + strength * spread[0])).to(images.device)
-    return images * gain + (strength * spread[1]).to(images.device)
-
-
 class Loader:
     """Shuffled mini-batches of one split, cut from tensors by index.
 
@@ -1613,9 +1609,9 @@ def mean_and_std(values: Sequence[float]) -> dict[str, object]:
 
 
 def save_figure(figure: plt.Figure, name: str) -> None:
-    """Save a figure as figures/NAME.png and show it in the notebook, once."""
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": ""})
+    """Save a figure as NAME.png in the folder of figures and show it in the notebook, once."""
+    path = figures_folder() / f"{name}.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": ""})
     plt.show()
     plt.close(figure)
 
@@ -1658,9 +1654,12 @@ def plot_curves(histories: dict[str, History], *, title: str, name: str) -> None
 
 
 def write_results(results: dict) -> None:
-    """Write figures/results.json. Raises ValueError when a number in it is not finite."""
+    """Write results.json into the folder of figures.
+
+    Raises ValueError when a number in it is not finite.
+    """
     text = json.dumps(results, indent=1, allow_nan=False)
-    write_atomically(FIGURES / "results.json", lambda path: path.write_text(text + "\n"))
+    write_atomically(figures_folder() / "results.json", lambda path: path.write_text(text + "\n"))
 
 
 def results_rows(results: dict) -> list[tuple[str, str]]:

@@ -126,9 +126,61 @@ def results_table(path: Path) -> str:
     return "\n".join(["| result | value |", "| --- | ---: |", *(f"| {n} | {v} |" for n, v in rows)])
 
 
+def readme_table(path: Path) -> str:
+    """The README's results: one row a question, each number under the name of its data."""
+    r = json.loads(path.read_text())
+    names = [r["data"][role]["name"] for role in ("handwritten", "street")]
+    sizes = [r["data"][role] for role in ("handwritten", "street")]
+
+    def percent(part: dict, key: str = "test_acc") -> list[str]:
+        return [f"{part[role][key]:.2f} %" for role in ("handwritten", "street")]
+
+    def spread(part: dict) -> list[str]:
+        return [
+            f"{part[k]['mean']:.2f} ± {part[k]['std']:.2f} %" for k in ("handwritten", "street")
+        ]
+
+    joint = r["joint_embedding"]
+    street = r["single_task"]["street"]
+    rows = [
+        ("test accuracy", *names),
+        ("---", "---:", "---:"),
+        ("(b) single task, suggested settings", *percent(r["single_task"], "suggested_test_acc")),
+        ("(b) single task, our recipe", *percent(r["single_task"])),
+        ("(c) multi-task, our recipe", *percent(r["multi_task"])),
+        ("(d) 500 samples each, single task", *spread(r["single_task_500"])),
+        ("(d) 500 samples each, multi-task", *spread(r["multi_task_500"])),
+        ("(e) joint embedding, top-1 (as query)", f"{joint['top1_all']:.2f} %",
+         f"{joint['reverse_top1']:.2f} %"),
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = [
+        f"{name}: {size['train']:,} training and {size['test']:,} test pictures."
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    if "unseen_fonts_acc" in street:
+        notes.append(
+            f"In fonts that training never saw, (b) reaches {street['unseen_fonts_acc']:.2f} %."
+        )
+    if r["biggan"]["digit_model_class_acc"] is not None:
+        share = f"{r['biggan']['digit_model_class_acc']:.1f} %"
+        notes.append(f"Question 3's digit BigGAN: {share} of its pictures show their class.")
+    total = sum(r["seconds"].values()) / 60
+    notes.append(f"Machine of this run: {r['machine']}; {total:.0f} minutes in all.")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+
+
+def readme(path: Path = ROOT / "README.md") -> None:
+    """Write the results table between the README's two marks."""
+    text = path.read_text()
+    before, rest = text.split(MARKS[0])
+    table = readme_table(ROOT / "figures" / "results.json")
+    path.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
 def main(arguments: list[str]) -> None:
     """Run the command named first, with the paths that follow it."""
-    commands = {"sync": sync, "run": run, "publish": publish}
+    commands = {"sync": sync, "run": run, "publish": publish, "readme": readme}
     name, paths = (arguments or ["help"])[0], [Path(text) for text in arguments[1:]]
     if name in commands:
         commands[name](*paths)
