@@ -1513,14 +1513,18 @@ class _DisplayLine:
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
-            self.handle.update({"text/plain": text}, raw=True)
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """Replace the line; an empty text leaves nothing to read."""
+        self.handle.update({"text/plain": text}, raw=True)
 
     def flush(self) -> None:
         """Nothing to do: each write is shown at once."""
 
 
 class Progress:
-    """A tqdm bar over the steps of a run, closed by one line that says how the run ended.
+    """A tqdm bar over the steps of a run, gone when the run is done.
 
     In a notebook it is one line that is rewritten; in a terminal, tqdm's bar. The file named by
     A3_PROGRESS, when set, receives a line an epoch: `make` shows it while the notebook runs.
@@ -1532,7 +1536,6 @@ class Progress:
         self.run, self.epochs, self.log = run, epochs, os.environ.get("A3_PROGRESS")
         self.line = _DisplayLine() if hasattr(get_ipython(), "kernel") else None
         total = epochs * steps_per_epoch
-        self.resumed, self.last = done, ""
         self.bar = tqdm(
             total=total, initial=done * steps_per_epoch, desc=run, unit="step", ncols=88,
             file=self.line or sys.stderr, mininterval=1.0, leave=False, disable=None,
@@ -1548,15 +1551,16 @@ class Progress:
     def epoch(self, row: dict[str, float]) -> None:
         """One more epoch, with its figures."""
         shown = {k: v for k, v in row.items() if k not in ("epoch", "seconds")}
-        self.last = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.bar.set_postfix_str(figures, refresh=False)
         if self.log:
             with Path(self.log).open("a") as file:
-                file.write(f"{self.run}: epoch {row['epoch']}/{self.epochs}, {self.last}\n")
+                file.write(f"{self.run}: epoch {row['epoch']}/{self.epochs}, {figures}\n")
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.bar.close()
         if self.line and kind is None:
-            self.line.write(f"{self.run}: {self.epochs} epochs done. {self.last}".strip())
+            self.line.show("")
 
 
 # ======================================================================================
@@ -1713,7 +1717,7 @@ BIGGAN_DEEP: dict[str, dict] = {
 }
 
 WEIGHTS = Path("weights")
-DIGIT_Z = 32  # numbers in the digit model's noise vector
+DIGIT_Z = 16  # numbers in the digit model's noise vector
 DIGIT_CLASSES = [f"{kind} {digit}" for kind in ("street", "handwritten") for digit in range(10)]
 _DIGIT_LAYERS = [(True, 16, 8), (True, 8, 4), (True, 4, 2), (False, 2, 1)]  # of 16 channels
 
@@ -2097,7 +2101,7 @@ _PDF_STYLE = r"""
   sources.map(source => raw(source, block: true, lang: "python")).join(
     block(above: 1.2em, below: 1.2em, line(length: 100%, stroke: 0.4pt + hairline)))
 }
-#let figure-code(sources) = appendix([Appendix: code of the figures], "figure-code",
+#let figure-code(sources) = appendix([Appendix: supporting code], "figure-code",
   [The code that draws, in the order of the notebook.], sources)
 #let helper-code(sources) = appendix([Appendix: helper module], "helper-code",
   [The file `utils.py`, as the notebook carries it: data, training loop, downloads, export.],

@@ -156,7 +156,7 @@ def test_the_pdf_shows(sample_text, words):
      "style", "draw_a_green_field", "\\frac", "\\begin", "[31m", "pipe |"],
 )  # fmt: skip
 def test_the_pdf_leaves_out(sample_text, words):
-    body = sample_text.partition("Appendix: code of the figures The code")[0]
+    body = sample_text.partition("Appendix: supporting code The code")[0]
     assert words not in body
 
 

@@ -139,7 +139,7 @@ def test_comparison_takes_any_pair_and_gives_the_same_numbers_twice(nb, monkeypa
         utils.DigitData(f"toy {n}", split(200, seed=n), split(50, seed=9), False) for n in (0, 1)
     ]
     options = {
-        "recipes": ("one-cycle", "one-cycle + warp"),
+        "recipes": ("one-cycle, warp", "one-cycle, warp, standardise, decay"),
         "epochs": 2, "steps": 2, "batch_norm": "mixed",
     }  # fmt: skip
     first, histories = nb.compare_on_few(pair, 50, 0, watch=True, **options)

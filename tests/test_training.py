@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-import utils
 from conftest import ROOT
 from torch import nn
+
+import utils
 
 CPU = torch.device("cpu")
 

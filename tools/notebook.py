@@ -108,6 +108,7 @@ def publish(executed: Path) -> None:
             continue
         number += 1
         cell.execution_count = number
+        cell.outputs = [o for o in cell.outputs if o.get("data") != {"text/plain": ""}]
         for output in cell.outputs:
             output.pop("transient", None)
             if output.output_type == "execute_result":
