@@ -149,6 +149,12 @@ def machine() -> str:
     return f"{cores} cores {platform.machine()} ({amx}), {where}, torch {torch.__version__}"
 
 
+def shown_path(path: Path) -> str:
+    """`path` for a message: from the working folder where it is inside, else in full."""
+    full = path.absolute()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
 def notice(text: str) -> None:
     """Print something the reader must not miss, framed, on standard output."""
     bar = "!" * 88
@@ -163,6 +169,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -458,7 +465,7 @@ def download(
         + "\nWhat to do: put this right and run again; nothing half-done is left behind. "
         + "Or fetch the file by hand, for example in a browser, from\n  "
         + "\n  ".join(urls)
-        + f"\nand save it as\n  {path.absolute()}\n({amount}{kind} {digits})"
+        + f"\nand save it as\n  {shown_path(path)}\n({amount}{kind} {digits})"
     )
 
 
@@ -725,7 +732,11 @@ def _load(
         if wanted == "real":
             raise
         stand_in = _sliced(load_embedded())
-        notice(f"{name} cannot be had here; using the stand-in: {stand_in.name}.\nWhy: {error}")
+        why = str(error).split("What to do")[0].strip()
+        notice(
+            f"{name} cannot be had here; using the stand-in: {stand_in.name}.\n{why}\n"
+            "A3_DATA=real stops here instead, and says how to put it right."
+        )
         return stand_in
     splits = {part: Split(*parts[part]) for part in ("train", "test")}
     return _sliced(DigitData(name, splits["train"], splits["test"], real=True))
@@ -1637,7 +1648,7 @@ def start_figures() -> None:
 
 def plot_curves(histories: dict[str, History], *, title: str, name: str) -> None:
     """Loss and accuracy over the epochs: training dashed, test solid, a marker for each run."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.7))
     for number, (label, history) in enumerate(histories.items()):
         for part, style in [("train", "--"), ("test", "-")]:
             for axis, quantity in zip(axes, ("loss", "acc"), strict=True):
@@ -1886,7 +1897,7 @@ def find_biggan(wanted: str = "auto", device: str | torch.device = "cpu") -> Big
         try:
             return load_biggan_deep("biggan-deep-128" if small else "biggan-deep-256", device)
         except (DownloadError, ImportError) as error:
-            why = f"\nWhy: {error}"
+            why = "\nWhy: " + str(error).split("What to do")[0].strip()
     try:
         gan = load_digit_biggan(device=device)
     except (FileNotFoundError, ImportError) as error:
@@ -1966,7 +1977,7 @@ _PDF_WHEELS = {"nbformat": "nbformat", "nbconvert": "nbconvert", "PIL.Image": "p
                "pypandoc": "pypandoc_binary", "typst": "typst"}  # fmt: skip
 _PDF_LINES = 40  # a longer text output is cut in the middle
 _PDF_COLUMNS = 112  # characters of code type on a line of the page
-_PDF_FIGURE_CM = (16.0, 15.0)  # largest width and height of a figure
+_PDF_FIGURE_CM = (15.0, 17.0)  # largest width and height of a figure
 
 _PDF_STYLE = r"""
 #let ink = rgb("#1c2330")
@@ -1982,7 +1993,7 @@ _PDF_STYLE = r"""
 #set enum(indent: 0.6em, spacing: 0.55em)
 #set smartquote(enabled: false)
 #set page(
-  paper: "us-letter", margin: (x: 2.2cm, top: 2.1cm, bottom: 1.8cm),
+  paper: "us-letter", margin: (x: 2cm, top: 1.9cm, bottom: 1.6cm),
   header-ascent: 35%,
   header: context if counter(page).get().first() > 1 {
     set text(size: 8.5pt, fill: quiet)
