@@ -167,7 +167,7 @@ def readme_table(path: Path) -> str:
         share = f"{r['biggan']['digit_model_class_acc']:.1f} %"
         notes.append(f"Question 3's digit BigGAN: {share} of its pictures show their class.")
     total = sum(r["seconds"].values()) / 60
-    notes.append(f"Machine of this run: {r['machine']}; {total:.0f} minutes in all.")
+    notes.append(f"Machine of this run: {r['machine']}; {total:.0f} minutes of training.")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
