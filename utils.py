@@ -1651,7 +1651,7 @@ def plot_curves(histories: dict[str, History], *, title: str, name: str) -> None
 
     Error is 100 % minus accuracy, on a log axis: there 99.2 and 99.6 % lie well apart.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.7))
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.7), layout="constrained")
     for number, (label, history) in enumerate(histories.items()):
         look = {"marker": "osv^"[number % 4], "markersize": 3.5, "color": f"C{number}"}
         for part, style in [("train", "--"), ("test", "-")]:
@@ -1668,9 +1668,11 @@ def plot_curves(histories: dict[str, History], *, title: str, name: str) -> None
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, ncols=1 + (len(histories) > 2))
     figure.suptitle(title)
-    figure.tight_layout()
+    if len(histories) > 2:  # too many lines for a legend on top of them
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    else:
+        axes[1].legend(fontsize=7)
     save_figure(figure, name)
 
 
@@ -1684,15 +1686,16 @@ def write_results(results: dict) -> None:
 
 
 def results_rows(results: dict) -> list[tuple[str, str]]:
-    """The figures of `results`, one row each, names dotted; lists are left to the file."""
+    """The figures of `results`, one row each, named in words; lists are left to the file."""
     rows: list[tuple[str, str]] = []
 
     def walk(name: str, value: object) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                walk(f"{name}.{key}" if name else key, inner)
+                walk(f"{name}, {key}" if name else key, inner)
         elif not isinstance(value, list):
-            rows.append((name, f"{value:.2f}" if isinstance(value, float) else str(value)))
+            shown = f"{value:.2f}" if isinstance(value, float) else str(value)
+            rows.append((name.replace("_", " "), shown))
 
     walk("", results)
     return rows

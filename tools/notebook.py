@@ -119,7 +119,7 @@ def publish(executed: Path) -> None:
 
 
 def results_table(path: Path) -> str:
-    """The results file as a Markdown table, names dotted."""
+    """The results file as a Markdown table."""
     sys.path.insert(0, str(ROOT))
     import utils
 
