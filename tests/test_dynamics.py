@@ -231,7 +231,8 @@ def test_alternating_at_two_grows_linearly(nb, start, k):
 @given(alpha=st.floats(2.1, 4))
 def test_alternating_beyond_two_explodes_off_one_line(nb, alpha):
     values, vectors = np.linalg.eig(nb.alternating_matrix(alpha))
-    assert np.isrealobj(values) and (values < 0).all()
+    assert (values.imag == 0).all() and (values.real < 0).all()
+    vectors = vectors.real  # NumPy 2.5 gives complex arrays here even where all parts are real
     large, small = vectors[:, np.abs(values).argmax()], vectors[:, np.abs(values).argmin()]
     path = nb.method_path("alternating", alpha, large + small, 60)
     np.testing.assert_allclose(
