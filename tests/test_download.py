@@ -538,14 +538,20 @@ def test_torch_load_damaged_or_foreign(tmp_path, data):
         utils.verified_torch_load(tmp_path / "f.pt")
 
 
+def damaged_copy(data, content: bytes, folder):
+    """Writes `content` with a few bytes changed, at a place and with values that `data` draws."""
+    place = data.draw(st.integers(0, len(content) - 1))
+    noise = data.draw(st.binary(min_size=1, max_size=8))
+    path = folder / "fuzz.pt"
+    path.write_bytes(content[:place] + noise + content[place + len(noise) :])
+    return path
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_torch_load_fuzz(tmp_path_factory, data):
     """Any damage to a zip file is either told or harmless: never a wrong number."""
-    place = data.draw(st.integers(0, len(ZIP_FILE) - 1))
-    noise = data.draw(st.binary(min_size=1, max_size=8))
-    path = tmp_path_factory.getbasetemp() / "fuzz.pt"
-    path.write_bytes(ZIP_FILE[:place] + noise + ZIP_FILE[place + len(noise) :])
+    path = damaged_copy(data, ZIP_FILE, tmp_path_factory.getbasetemp())
     try:
         assert same(utils.verified_torch_load(path), STATE)
     except ValueError as error:
@@ -556,10 +562,7 @@ def test_torch_load_fuzz(tmp_path_factory, data):
 @given(data=st.data())
 def test_torch_load_fuzz_old_format(tmp_path_factory, data):
     """The old format has no CRC of its own: damage gives a dict or a ValueError, nothing else."""
-    place = data.draw(st.integers(0, len(OLD_FILE) - 1))
-    noise = data.draw(st.binary(min_size=1, max_size=8))
-    path = tmp_path_factory.getbasetemp() / "fuzz.pt"
-    path.write_bytes(OLD_FILE[:place] + noise + OLD_FILE[place + len(noise) :])
+    path = damaged_copy(data, OLD_FILE, tmp_path_factory.getbasetemp())
     try:
         assert isinstance(utils.verified_torch_load(path), dict)
     except ValueError as error:

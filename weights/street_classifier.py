@@ -52,7 +52,7 @@ def main(pictures: int, target: Path) -> None:
         k: v.cpu().half() if v.is_floating_point() else v.cpu()
         for k, v in model.state_dict().items()
     }
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    model.load_state_dict(state)  # copying into the model makes fp32 of fp16 again
     splits = {
         "train": street.train.first(5_000),
         "test": street.test,
