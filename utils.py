@@ -34,6 +34,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -112,22 +113,23 @@ def default_device() -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """True where the processor multiplies bf16 matrices in hardware tiles (Intel AMX).
+    """True where the processor multiplies bf16 in hardware: Intel AMX, or AVX512-BF16 (AMD Zen 4).
 
-    AVX512-BF16 alone does not count: measured without AMX, bf16 convolutions were slower than
-    fp32. Linux only; elsewhere the answer is False and fp32 is used.
+    Without such instructions bf16 is emulated and slower than fp32. Linux only; elsewhere the
+    answer is False and fp32 is used.
     """
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def precision_policy(device: torch.device) -> torch.dtype:
     """Data type of the forward pass on `device`: A3_PRECISION, else what is fast there.
 
-    bf16 on CPUs with AMX and on GPUs from Ampere on, fp16 (with a loss scaler) on older GPUs,
-    fp32 elsewhere. Raises ValueError for fp16 on a CPU.
+    bf16 on CPUs that have it and on GPUs from Ampere on, fp16 (with a loss scaler) on older
+    GPUs, fp32 elsewhere. Raises ValueError for fp16 on a CPU.
     """
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     choice = switch("A3_PRECISION")
@@ -144,9 +146,9 @@ def precision_policy(device: torch.device) -> torch.dtype:
 def machine() -> str:
     """One line on the machine, without its name: cores, kind, accelerator, torch version."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    amx = "AMX bf16" if cpu_has_fast_bf16() else "no AMX"
+    bf16 = "bf16" if cpu_has_fast_bf16() else "no bf16"
     cores = os.cpu_count()
-    return f"{cores} cores {platform.machine()} ({amx}), {where}, torch {torch.__version__}"
+    return f"{cores} cores {platform.machine()} ({bf16}), {where}, torch {torch.__version__}"
 
 
 def shown_path(path: Path) -> str:
@@ -644,12 +646,26 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
-        """The pictures at `indices`, in that order."""
-        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        """The pictures at `indices`, in that order. ValueError for one outside 0 to N - 1."""
+        index = np.asarray(indices)
+        if index.ndim != 1 or index.size and not np.issubdtype(index.dtype, np.integer):
+            raise ValueError(
+                f"indices must be a row of whole numbers; got {index.dtype}, shape {index.shape}."
+            )
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            raise ValueError(
+                f"indices must be 0 to {len(self) - 1}; got {index.min()} to {index.max()}."
+            )
+        index = torch.as_tensor(index, dtype=torch.int64)
         return Split(self.images[index], self.labels[index])
 
     def first(self, count: int) -> Split:
-        """The first `count` pictures, or all of them when there are fewer."""
+        """The first `count` pictures, or all of them when there are fewer.
+
+        Raises ValueError for a count below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1; got {count}.")
         return Split(self.images[:count], self.labels[:count])
 
     def gray(self) -> Split:
@@ -675,8 +691,11 @@ class Split:
 def luma(images: Tensor) -> Tensor:
     """uint8 N x 3 x H x W to uint8 N x 1 x H x W by the ITU-R 601 weights.
 
-    In chunks, so that a large set never stands in memory as floats.
+    In chunks, so that a large set never stands in memory as floats. Raises ValueError for anything
+    but three channels.
     """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be N x 3 x H x W; got {tuple(images.shape)}.")
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     chunks = [(chunk * weights).sum(1, keepdim=True).round() for chunk in images.split(4096)]
     return torch.cat([chunk.to(torch.uint8) for chunk in chunks])
@@ -781,7 +800,7 @@ def _rendered_street() -> DigitData:
 
 def _rendered(count: int, seed: int, families: Sequence[str]) -> Split:
     """Rendered digits from the cache, or rendered now and cached under what made them."""
-    key = fingerprint(STREET_VERSION, count, seed, list(families))
+    key = fingerprint(_renderer_versions(), count, seed, list(families))
     path = runs_folder() / f"street-{key}.npz"
     if path.exists():
         try:
@@ -799,6 +818,20 @@ def _rendered(count: int, seed: int, families: Sequence[str]) -> Split:
     return Split(images, labels)
 
 
+@functools.cache
+def _renderer_versions() -> list[str]:
+    """What decides how a crop looks: the renderer's own code, and the libraries that draw.
+
+    The code stands for itself, so no one has to remember a version number after a change.
+    """
+    import matplotlib
+    import PIL
+
+    source = Path(__file__).read_text(encoding="utf-8")
+    code = source.partition("\nSTREET_VERSION = ")[2].partition("\n# Batches and augmentation\n")[0]
+    return [code, matplotlib.__version__, PIL.__version__, torch.__version__]
+
+
 def validation_split(data: DigitData, count: int, seed: int = 0) -> tuple[Split, Split]:
     """Cut the training split in two, at random: what to fit on, and `count` to choose by.
 
@@ -814,22 +847,29 @@ def validation_split(data: DigitData, count: int, seed: int = 0) -> tuple[Split,
 def fingerprint(*parts: object) -> str:
     """Sixteen hex digits that change when any part does.
 
-    Tensors and splits count by content, anything else by its JSON (or repr) text.
+    Tensors and splits count by content, also inside lists, tuples and dicts; anything else by its
+    JSON (or repr) text.
     """
     digest = hashlib.sha256()
-    for part in parts:
+
+    def add(part: object) -> None:
         if isinstance(part, Split):
             part = [part.images, part.labels]
-        if isinstance(part, dict) and any(isinstance(v, Tensor) for v in part.values()):
-            part = [item for pair in sorted(part.items()) for item in pair]
-        for piece in part if isinstance(part, (list, tuple)) else [part]:
-            if isinstance(piece, Tensor):
-                content = piece.detach().cpu().contiguous()
-                digest.update(f"{content.dtype}{tuple(content.shape)}".encode())
-                digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(json.dumps(piece, sort_keys=True, default=repr).encode())
-            digest.update(b"|")
+        if isinstance(part, Tensor):
+            content = part.detach().cpu().contiguous()
+            digest.update(f"{content.dtype}{tuple(content.shape)}".encode())
+            digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, dict):
+            add(sorted(part.items()))
+        elif isinstance(part, (list, tuple)):
+            digest.update(f"[{len(part)}".encode())
+            for piece in part:
+                add(piece)
+        else:
+            digest.update(json.dumps(part, default=repr).encode())
+        digest.update(b"|")
+
+    add(parts)
     return digest.hexdigest()[:16]
 
 
@@ -842,7 +882,7 @@ def fingerprint(*parts: object) -> str:
 # composed at once: geometry -> plate -> digits -> light -> camera.
 
 
-STREET_VERSION = "2"  # change it with the look: caches are keyed by it
+STREET_VERSION = "2"  # change it with the look: weights/street_classifier.pt belongs to one
 
 # A face is a font file of matplotlib's mpl-data/fonts/ttf and its glyphs for 0..9, a bare "1" (I)
 # and a flat-topped "3" (the letter ezh, where the font has one).
@@ -881,6 +921,8 @@ FONT_FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 UNSEEN_FAMILIES = ("DejaVu Serif", "Computer Modern Sans")
 SEEN_FAMILIES = tuple(name for name in FONT_FAMILIES if name not in UNSEEN_FAMILIES)
+
+NUMBER_LENGTHS = (0.08, 0.42, 0.34, 0.16)  # digits that belong to numbers of 1, 2, 3, 4 digits
 
 _SIZE = 32  # pixels of a crop's side
 _CANVAS, _HALF = 64, 0.8  # a glyph's field: 64 x 64 samples over +-0.8 digit heights
@@ -963,11 +1005,12 @@ def _text_plane(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return u + wobble[:, 0], v + wobble[:, 1], size * _SIZE
 
 
-def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _choose_digits(
+    rng: torch.Generator, labels: Tensor, lengths: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5)."""
     n = len(labels)
-    share = torch.tensor([0.08, 0.42, 0.34, 0.16])  # of digits in numbers of 1, 2, 3, 4 digits
-    length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
+    length = torch.multinomial(torch.tensor(lengths), n, replacement=True, generator=rng) + 1
     position = (torch.rand(n, generator=rng) * length).long()
     place = position[:, None] + torch.arange(-2, 3)
     digits = torch.randint(0, 10, (n, 5), generator=rng)
@@ -1010,12 +1053,17 @@ def _place_digits(
 
 
 def _digit_field(
-    rng: torch.Generator, labels: Tensor, families: Sequence[str], u: Tensor, v: Tensor
+    rng: torch.Generator,
+    labels: Tensor,
+    families: Sequence[str],
+    lengths: Sequence[float],
+    u: Tensor,
+    v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Signed distance to the ink (n x 32 x 32), and the number's ends on the u axis (n x 1 x 1)."""
     n = len(labels)
     fields, half_widths, strokes, face = _choose_faces(rng, n, families)
-    digits, exists = _choose_digits(rng, labels)
+    digits, exists = _choose_digits(rng, labels, lengths)
     stretch = 0.85 * _normal(rng, 0.25, n, 1).exp().clamp(0.5, 1.5)
     half = half_widths[face[:, None], digits] * stretch
     centre, drop, low, high = _place_digits(rng, half, exists)
@@ -1204,26 +1252,33 @@ def _camera(rng: torch.Generator, image: Tensor, px: Tensor, contrast: Tensor) -
     return both_axes(enlarge, image, enlarge.mT).permute(0, 2, 1, 3).contiguous()
 
 
-def _render_chunk(rng: torch.Generator, n: int, families: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _render_chunk(
+    rng: torch.Generator, n: int, families: Sequence[str], lengths: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     labels = torch.randint(0, 10, (n,), generator=rng)
     u, v, px = _text_plane(rng, n)
-    field, low, high = _digit_field(rng, labels, families, u, v)
+    field, low, high = _digit_field(rng, labels, families, lengths, u, v)
     image, contrast = _paint(rng, field, low, high, u, v, px)
     image = _camera(rng, _light(rng, image, contrast), px, contrast)
     return (image * 255).round().clamp(0, 255).to(torch.uint8), labels
 
 
 def render_street_numbers(
-    count: int, seed: int, families: Sequence[str] = SEEN_FAMILIES
+    count: int,
+    seed: int,
+    families: Sequence[str] = SEEN_FAMILIES,
+    lengths: Sequence[float] = NUMBER_LENGTHS,
 ) -> tuple[Tensor, Tensor]:
     """Rendered crops of house numbers in SVHN's cropped-digit format.
 
     Returns `count` x 3 x 32 x 32 uint8 images and int64 labels 0..9, drawn uniformly. The label is
-    the digit in the middle; its neighbours are cut off by the crop. Same seed, same bytes,
-    whatever the number of threads: the work is done in one. Torch's own random state is left
-    alone. About 0.65 s a thousand crops.
+    the digit in the middle; its neighbours are cut off by the crop. `lengths`: how often the digit
+    belongs to a number of 1, 2, 3, 4 digits; (1.0,) gives digits without neighbours. Same seed,
+    same bytes, whatever the number of threads: the work is done in one. Torch's own random state
+    is left alone. About 0.65 s a thousand crops.
 
-    Raises ValueError for a count below 1, no family, or a family not in FONT_FAMILIES.
+    Raises ValueError for a count below 1, no family, a family not in FONT_FAMILIES, or lengths
+    that are not one to four shares of at least 0, one of them above.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -1231,12 +1286,16 @@ def render_street_numbers(
     if isinstance(families, str) or not families or unknown:
         valid = ", ".join(FONT_FAMILIES)
         raise ValueError(f"families must be a sequence of some of: {valid}; got {families!r}")
+    if not 1 <= len(lengths) <= 4 or min(lengths) < 0 or not 0 < sum(lengths) < math.inf:
+        raise ValueError(f"lengths must be one to four shares, not all zero; got {lengths!r}")
     rng = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
-        images, labels = zip(*(_render_chunk(rng, n, families) for n in sizes), strict=True)
+        images, labels = zip(
+            *(_render_chunk(rng, n, families, lengths) for n in sizes), strict=True
+        )
     finally:
         torch.set_num_threads(threads)
     return torch.cat(images), torch.cat(labels)
@@ -1248,7 +1307,12 @@ def render_street_numbers(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 -1..1: mean 0.5 and standard deviation 0.5, as the starter has it."""
+    """uint8 0..255 to float32 -1..1: mean 0.5 and standard deviation 0.5, as the starter has it.
+
+    Raises ValueError for anything but uint8: other numbers may lie in another range.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8; got {images.dtype}.")
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
@@ -1265,7 +1329,17 @@ def random_affine(
 
     images: float, N x C x H x W. `shift` is a share of the width; `zoom` and `shear` are shares
     of one. Borders repeat, so a street crop gets no black edge and MNIST stays black outside.
+    Raises ValueError for pictures of another form, and for a bound below 0 or (zoom) not below 1.
     """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be float, N x C x H x W; got {images.dtype}, {tuple(images.shape)}."
+        )
+    bounds = {"degrees": degrees, "shift": shift, "zoom": zoom, "shear": shear}
+    for name, bound in bounds.items():
+        most = 1.0 if name == "zoom" else math.inf
+        if not 0 <= bound < most:
+            raise ValueError(f"{name} must be at least 0 and below {most:g}; got {bound}.")
     count = len(images)
 
     def uniform(bound: float) -> Tensor:
@@ -1281,6 +1355,30 @@ def random_affine(
     theta[:, :, 2] = torch.stack([uniform(2 * shift), uniform(2 * shift)], 1)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def random_erase(images: Tensor, generator: torch.Generator, size: int = 8) -> Tensor:
+    """Paint a square of each picture, at a place of its own, in that picture's mean.
+
+    images: float, N x C x H x W. Squares near a border are cut off by it. Source: Zhong et al.
+    2020, *Random Erasing Data Augmentation*. Raises ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}.")
+    count, _, height, width = images.shape
+    inside = []
+    for side in (height, width):
+        centre = torch.randint(0, side, (count, 1), generator=generator)
+        inside.append((torch.arange(side) - centre).add(size // 2))
+    down, right = ((offset >= 0) & (offset < size) for offset in inside)
+    square = (down[:, None, :, None] & right[:, None, None, :]).to(images.device)
+    return torch.where(square, images.mean((1, 2, 3), keepdim=True), images)
+
+
+def random_negative(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn every other picture, by chance, into its negative: float images in -1..1 change sign."""
+    sign = 1 - 2 * torch.randint(0, 2, (len(images), 1, 1, 1), generator=generator)
+    return images * sign.to(images)
 
 
 class Loader:
@@ -1352,6 +1450,8 @@ class History:
 
     def of_task(self, name: str) -> History:
         """The figures of one task of a multi-task run: 'test_acc_street' becomes 'test_acc'."""
+        if not any(key.endswith(f"_{name}") for row in self.rows for key in row):
+            raise ValueError(f"name must be a task of this run; nothing is recorded of {name!r}.")
         keep = {"epoch": "epoch", "seconds": "seconds"}
         for key in self.rows[0]:
             if key.endswith(f"_{name}"):
@@ -1393,16 +1493,19 @@ def fit(
 ) -> History:
     """Train the parameters of `model` that require gradients, with Adam; resume where it stopped.
 
-    batches(epoch) yields the batches of one epoch; loss_fn(model, batch) gives the loss and
-    scalar figures to average over the epoch; evaluate(model) gives figures after each epoch.
+    batches(epoch) yields the batches of one epoch, always the same ones; loss_fn(model, batch)
+    gives the loss and scalar figures to average over the epoch; evaluate(model) gives figures
+    after each epoch.
     schedule: 'constant', or 'onecycle' (Smith and Topin 2018) with `lr` as its peak.
     weight_decay: decoupled from the gradient (AdamW); 0 is plain Adam.
 
     Every epoch ends with a checkpoint under A3_RUNS, named after `run` and a fingerprint of the
-    recipe, `settings`, the model's text and its first weights, so that a changed setting never
-    finds another run's checkpoint. `settings` should hold whatever else decides the numbers: the
-    data's fingerprint, the augmentation. A finished run is not trained again.
-    Raises ValueError for bad arguments and TrainingDiverged when the loss is not finite.
+    recipe, `settings`, the first batch (and with it the augmentation), the code of `loss_fn`, the
+    model's text and its first weights, so that a changed setting never finds another run's
+    checkpoint. `settings` should hold whatever else decides the numbers, such as the fingerprint
+    of all the data. A finished run is not trained again.
+    Raises ValueError for bad arguments, or an epoch that has not `steps_per_epoch` batches, and
+    TrainingDiverged when the loss is not finite.
     """
     if epochs < 1 or steps_per_epoch < 1:
         raise ValueError(
@@ -1410,15 +1513,18 @@ def fit(
         )
     if schedule not in ("constant", "onecycle"):
         raise ValueError(f"schedule must be 'constant' or 'onecycle'; got {schedule!r}.")
-    if not lr > 0:
-        raise ValueError(f"lr must be above 0; got {lr}.")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be above 0 and finite; got {lr}.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0 and finite; got {weight_decay}.")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient; nothing to train.")
     device = trained[0].device
     dtype = precision_policy(device)
     recipe = [epochs, steps_per_epoch, lr, schedule, weight_decay, seed, str(dtype), device.type]
-    key = fingerprint(ENGINE_VERSION, recipe, settings, repr(model), model.state_dict())
+    made_by = [settings, next(iter(batches(0)), None), code_of(loss_fn), repr(model)]
+    key = fingerprint(ENGINE_VERSION, recipe, *made_by, model.state_dict())
     path = runs_folder() / f"{run}-{key}.pt"
 
     # channels_last keeps a pixel's channels together: faster convolutions, same numbers.
@@ -1441,7 +1547,10 @@ def fit(
             seed_everything(epoch_generator(seed, epoch).initial_seed() % 2**63)
             totals: dict[str, Tensor | float] = {}
             model.train()
-            for batch in batches(epoch):
+            steps = 0
+            for steps, batch in enumerate(batches(epoch), start=1):
+                if steps > steps_per_epoch:
+                    break
                 with autocast(device, dtype):
                     loss, figures = loss_fn(model, batch)
                 value = loss.item()
@@ -1460,6 +1569,12 @@ def fit(
                 for name, figure in {"loss": value, **figures}.items():
                     totals[name] = totals.get(name, 0.0) + figure
                 progress.step()
+            if steps != steps_per_epoch:
+                more = "more than " if steps > steps_per_epoch else f"{steps}, not "
+                raise ValueError(
+                    f"batches must give steps_per_epoch batches; epoch {epoch + 1} of {run} has "
+                    f"{more}{steps_per_epoch}."
+                )
             row = {f"train_{name}": float(v) / steps_per_epoch for name, v in totals.items()}
             if evaluate:
                 row.update(evaluate(model))
@@ -1469,6 +1584,39 @@ def fit(
             progress.epoch(history.last)
     model.eval()
     return history
+
+
+def code_of(function: Callable) -> list[str]:
+    """The compiled code of a Python function and of those it calls in its own module, as text.
+
+    Comments and line numbers do not count. What a closure or a partial carries does not either:
+    that belongs in the settings.
+    """
+    found: dict[str, str] = {}
+
+    def constant(value: object) -> str:
+        # The order of a set differs from process to process.
+        return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
+
+    def visit(function: object) -> None:
+        function = getattr(function, "func", function)  # of a partial
+        function = getattr(function, "__func__", function)  # of a method
+        if not isinstance(function, types.FunctionType) or function.__qualname__ in found:
+            return
+        codes, names, text = [function.__code__], set(), []
+        while codes:
+            code = codes.pop()
+            inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            codes += inner
+            text += [code.co_code.hex(), *code.co_names]
+            text += [constant(c) for c in code.co_consts if c not in inner]
+            names |= set(code.co_names)
+        found[function.__qualname__] = "|".join(text)
+        for name in sorted(names):
+            visit(function.__globals__.get(name))
+
+    visit(function)
+    return [f"{name}: {text}" for name, text in sorted(found.items())]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -1583,8 +1731,11 @@ class Progress:
 def predict(model: Callable[[Tensor], Tensor], split: Split, batch_size: int = 512) -> Tensor:
     """Outputs of `model` for every picture of `split`, in order, float32 on the CPU.
 
-    A module is put into eval mode for the time of the call and back as it was after.
+    A module is put into eval mode for the time of the call and back as it was after. Raises
+    ValueError for a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     device = default_device()
     module = model if isinstance(model, nn.Module) else None
     training = module.training if module else False
@@ -1603,17 +1754,25 @@ def predict(model: Callable[[Tensor], Tensor], split: Split, batch_size: int = 5
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is at the label, in percent."""
-    if len(logits) != len(labels) or len(labels) == 0:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(
-            f"logits and labels must be as many, and not none; got {len(logits)}, {len(labels)}."
+            "logits must be N x classes and labels N, and not none; "
+            f"got {tuple(logits.shape)}, {tuple(labels.shape)}."
+        )
+    if not logits.isfinite().all():
+        raise ValueError("logits must be finite; they hold NaN or infinity (a diverged model?).")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be 0 to {logits.shape[1] - 1}; "
+            f"got {int(labels.min())} to {int(labels.max())}."
         )
     return 100.0 * (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, object]:
     """Mean, sample standard deviation and the values: the form results.json uses for seeds."""
-    if len(values) == 0:
-        raise ValueError("values must hold at least one number.")
+    if len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"values must hold at least one number, all finite; got {list(values)}.")
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "std": std, "per_seed": [float(v) for v in values]}
 
@@ -1701,10 +1860,6 @@ def results_rows(results: dict) -> list[tuple[str, str]]:
     return rows
 
 
-# top imports: difflib, json, re, subprocess, sys, dataclasses.dataclass, pathlib.Path,
-#              torch, torch.nn.functional as F, torch.Tensor, torch.nn
-# from the other parts: download, DownloadError, _url_chunks, _TryFailed, notice, profile,
-#              runs_folder, switch
 # ======================================================================================
 # BigGAN: fetching and loading (Question 3)
 # ======================================================================================
@@ -1800,12 +1955,11 @@ def digit_biggan_config():
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Loads a state dict into `model`, key for key and shape for shape, and returns it in eval.
 
-    Stored fp16 numbers become the model's own type. Nothing but tensors is unpickled.
-    Raises ValueError that names the first missing, unknown and misshapen entries.
+    Stored fp16 numbers become the model's own type. Raises FileNotFoundError; ValueError for a
+    damaged file, or one that does not fit: it names the first missing, unknown and misshapen
+    entries.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} does not hold a state dict but a {type(state).__name__}")
+    state = verified_torch_load(path)
     own = model.state_dict()
     faults = {
         "missing": [key for key in own if key not in state],
@@ -1821,6 +1975,13 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"{path} does not fit the model. Entries: {found}")
     model.load_state_dict(state)
     return model.eval()
+
+
+def save_half(model: nn.Module, path: str | Path) -> None:
+    """Saves a model's state dict for `load_weights`, its floating point numbers as fp16."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    write_atomically(Path(path), lambda target: torch.save(half, target))
 
 
 def _sum_and_size(spec: dict) -> tuple[str, int]:
@@ -1955,7 +2116,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al. 2017, equation (6), in
     float64; the last trace from the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is symmetric.
+    Raises ValueError for fewer than two rows, different widths, or numbers that are not finite.
     """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            "a and b must be N x D and M x D with N and M at least 2; "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("a and b must be finite; they hold NaN or infinity.")
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)

@@ -1,5 +1,7 @@
 """Splits, switches, the two roles and their stand-ins, batches, augmentation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -145,9 +147,32 @@ def test_rendered_pictures_are_made_once_and_then_cached(monkeypatch):
     first = utils.load_street()
     monkeypatch.setattr(utils, "render_street_numbers", lambda *_: pytest.fail("rendered twice"))
     assert torch.equal(utils.load_street().train.images, first.train.images)
-    monkeypatch.setattr(utils, "STREET_VERSION", "another look")
-    with pytest.raises(pytest.fail.Exception, match="rendered twice"):
-        utils.load_street()
+
+
+@pytest.mark.parametrize(
+    "old, new, rendered_again",
+    [
+        ("_uniform(rng, 0.52, 0.94, n, 1, 1)", "_uniform(rng, 0.52, 0.95, n, 1, 1)", True),
+        ("def validation_split(", "def cut_in_two(", False),  # not a part of the renderer
+    ],
+)
+def test_a_changed_renderer_never_finds_the_old_pictures(
+    old, new, rendered_again, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("A3_PROFILE", "tiny")
+    utils._renderer_versions.cache_clear()
+    utils.load_street()
+    source = Path(utils.__file__).read_text()
+    assert source.count(old) == 1
+    (tmp_path / "utils.py").write_text(source.replace(old, new))
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    utils._renderer_versions.cache_clear()
+    again = []
+    render = utils.render_street_numbers
+    monkeypatch.setattr(utils, "render_street_numbers", lambda *a: again.append(a) or render(*a))
+    utils.load_street()
+    utils._renderer_versions.cache_clear()
+    assert bool(again) == rendered_again
 
 
 def test_damaged_rendered_cache_is_made_again(monkeypatch, capsys):
@@ -224,3 +249,31 @@ def test_affine_is_per_sample():
     images = utils.to_float(toy_split(1).images).expand(2, -1, -1, -1)
     one, two = utils.random_affine(images, torch.Generator().manual_seed(0))
     assert not torch.allclose(one, two, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_erasing_paints_one_square_a_picture_in_its_mean(size):
+    images = torch.rand(200, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    erased = utils.random_erase(images, torch.Generator().manual_seed(0), size)
+    changed = erased != images
+    means = images.mean((1, 2, 3))
+    places = set()
+    for picture, mask, mean in zip(erased, changed, means, strict=True):
+        rows, columns = mask[0].any(1).nonzero()[:, 0], mask[0].any(0).nonzero()[:, 0]
+        assert 1 <= len(rows) <= size and 1 <= len(columns) <= size
+        assert mask.sum() == len(rows) * len(columns)
+        assert torch.equal(rows, torch.arange(rows[0], rows[-1] + 1))
+        assert torch.allclose(picture[mask], mean)
+        places.add((rows[0].item(), columns[0].item()))
+    assert len(places) > 100
+    assert (changed.sum((1, 2, 3)) == size * size).float().mean() > 0.5
+    with pytest.raises(ValueError, match="size"):
+        utils.random_erase(images, torch.Generator(), 0)
+
+
+def test_negatives_are_half_of_the_pictures_and_nothing_else():
+    images = torch.rand(1000, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    changed = utils.random_negative(images, torch.Generator().manual_seed(0))
+    negative = (changed == -images).flatten(1).all(1)
+    assert ((changed == images).flatten(1).all(1) ^ negative).all()
+    assert 400 < negative.sum() < 600

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -100,7 +101,13 @@ def test_finished_run_is_not_trained_again():
     first = small_model()
     expected = train(first)
     again = small_model()
-    history = train(again, batches=lambda epoch: pytest.fail("trained again"))
+    loader = utils.Loader(learnable_split(), 8, augment=utils.random_affine, device=CPU)
+
+    def first_only(epoch):  # the first batch is a part of the checkpoint's key
+        yield next(loader.epoch(epoch))
+        pytest.fail("trained again")
+
+    history = train(again, batches=first_only)
     assert history.rows == expected.rows and same(weights(first), weights(again))
 
 
@@ -112,14 +119,65 @@ def test_finished_run_is_not_trained_again():
 def test_changed_setting_never_finds_the_old_checkpoint(change):
     train(small_model())
     trained_epochs = []
-    loader = utils.Loader(learnable_split(), 8, device=CPU)
+    loader = utils.Loader(learnable_split(), 8, augment=utils.random_affine, device=CPU)
 
     def batches(epoch):
-        trained_epochs.append(epoch)
-        return loader.epoch(epoch)
+        for step, batch in enumerate(loader.epoch(epoch)):
+            if step == 1:  # step 0 alone is a look at the first batch
+                trained_epochs.append(epoch)
+            yield batch
 
     train(small_model(), batches=batches, **change)
     assert trained_epochs == list(range(change.get("epochs", 6)))
+
+
+def other_loss(model, batch):
+    images, labels = batch
+    logits = model(images)
+    return F.cross_entropy(logits, labels, label_smoothing=0.1), {}
+
+
+def stronger(images, generator):
+    return utils.random_affine(images, generator, degrees=20)
+
+
+@pytest.mark.parametrize("changed", ["augmentation", "order", "loss", "data"])
+def test_changed_batches_and_loss_never_find_the_old_checkpoint(changed):
+    train(small_model(), epochs=1)
+    split = learnable_split()
+    if changed == "data":
+        split.images[0] = 255 - split.images[0]
+    loader = utils.Loader(
+        split, 8, seed=1 if changed == "order" else 0, device=CPU,
+        augment=stronger if changed == "augmentation" else utils.random_affine,
+    )  # fmt: skip
+    utils.fit(
+        small_model(), loader.epoch, other_loss if changed == "loss" else loss_fn, run="test",
+        epochs=1, steps_per_epoch=4, lr=1e-2, schedule="onecycle",
+        settings={"data": utils.fingerprint(split)} if changed == "data" else None,
+    )  # fmt: skip
+    assert len(list(utils.runs_folder().glob("test-*.pt"))) == 2
+
+
+def test_code_of_sees_what_a_function_computes_and_not_how_it_is_written():
+    def compiled(text):
+        names = {}
+        exec(text, names)
+        return utils.code_of(names["f"])
+
+    plain = "def g(x): return x + 1\ndef f(x): return g(x) in {'a', 'b'}"
+    commented = "# a note\n\ndef g(x):\n    return x + 1  # one more\n" + plain.split("\n")[1]
+    assert compiled(plain) == compiled(commented)
+    for change in [("+ 1", "+ 2"), ("'a'", "'c'"), ("x + 1", "x - 1")]:
+        assert compiled(plain) != compiled(plain.replace(*change))
+    assert utils.code_of(partial(loss_fn)) == utils.code_of(loss_fn)
+
+
+@pytest.mark.parametrize("given", [0, 3, 5])
+def test_an_epoch_of_another_length_is_refused(given):
+    loader = utils.Loader(learnable_split(40), 8, device=CPU)
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        train(small_model(), batches=lambda epoch: list(loader.epoch(epoch))[:given])
 
 
 def test_other_first_weights_never_find_the_old_checkpoint():
@@ -183,7 +241,9 @@ def test_full_disk_costs_the_checkpoint_and_not_the_run(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "bad, word",
     [({"epochs": 0}, "epochs"), ({"lr": 0.0}, "lr"), ({"lr": -1.0}, "lr"),
-     ({"lr": float("nan")}, "lr"), ({"schedule": "cosine"}, "schedule")],
+     ({"lr": float("nan")}, "lr"), ({"lr": float("inf")}, "lr"),
+     ({"weight_decay": -0.1}, "weight_decay"), ({"weight_decay": float("nan")}, "weight_decay"),
+     ({"schedule": "cosine"}, "schedule")],
 )  # fmt: skip
 def test_bad_arguments_are_named(bad, word):
     with pytest.raises(ValueError, match=word):

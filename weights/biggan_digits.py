@@ -1,19 +1,20 @@
 """Trains the digit BigGAN of Question 3 on a CPU: `python weights/biggan_digits.py`.
 
-One generator, twenty classes: 0-9 street numbers (our renderer), 10-19 handwritten digits
-(scikit-learn's load_digits, training part), all as 32 x 32 colour pictures in -1..1.
+One generator, twenty classes: 0-9 street numbers (our renderer, digits without neighbours),
+10-19 handwritten digits (scikit-learn's load_digits, training part), all as 32 x 32 colour
+pictures in -1..1.
 
 Generator      the BigGAN class of pytorch-pretrained-biggan, channel width 16
 Discriminator  residual, spectral norm, projection of the class (Miyato & Koyama 2018)
-Loss           hinge (Lim & Ye 2017), plus a class term from the discriminator's own second
-               head (as in AC-GAN, Odena et al. 2017)
+Loss           hinge (Lim & Ye 2017), plus a class term as in AC-GAN (Odena et al. 2017), but from
+               a guide: a classifier trained on real pictures beforehand and then frozen
 Against the circling of Question 2: two learning rates (TTUR, Heusel et al. 2017), spectral norm
                (Miyato et al. 2018) and an exponential moving average of the generator
 
-When the training is over, a judge, a classifier trained on real pictures alone, measures both the
-raw and the averaged generator of every 500th step. Stopped runs go on from the last checkpoint
-(`runs/biggan_digits/`, every 500 steps). Writes biggan_digits.pt, judge_digits.pt and
-biggan_digits_log.json beside this file.
+When the training is over, a judge measures both the raw and the averaged generator of every 500th
+step: a second classifier of real pictures, of another architecture, that the generator never met.
+Stopped runs go on from the last checkpoint (`runs/biggan_digits/`, every 500 steps). Writes
+biggan_digits.pt, judge_digits.pt and biggan_digits_log.json beside this file.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ STEPS = 6000
 STREET_BATCH, WRITTEN_BATCH = 40, 24  # street numbers are the harder ones
 BATCH = STREET_BATCH + WRITTEN_BATCH
 LR_GENERATOR, LR_DISCRIMINATOR, BETAS = 3e-4, 6e-4, (0.0, 0.99)
+SCORE_GAIN = 4.0  # of the discriminator's score
 CLASS_WEIGHT = 1.0  # of the class term in the generator's loss
 EMA_DECAY = 0.998
 EVERY, CHECKPOINT_EVERY = 50, 500  # steps between entries of the log
-JUDGE_STEPS = 1000
-STREET_KEEP = 0.1  # the share of clear pictures we keep of the rendered ones
+CLASSIFIER_STEPS = 1000  # of the guide, and of the judge
+STREET_PICTURES = {"train": (16_000, 21), "test": (4_000, 22)}  # rendered, and with which seed
+STREET_KEEP = 0.5  # the share of them that we keep, the clearest
+CPU = torch.device("cpu")
 MODEL_NAME = "digit BigGAN (32 x 32, trained in this project)"
 
 
@@ -56,7 +60,7 @@ def clear_pictures(images: Tensor, labels: Tensor, keep: float) -> tuple[Tensor,
     """The share `keep` of each digit's pictures that show it best; no classifier has a say in it.
 
     Best means strong edges in the middle (24 x 16 pixels) and few in the columns left and right of
-    it: that drops the faint, the blurred, and digits in a crowd of neighbours.
+    it: that drops the faint and the blurred.
     """
 
     def edges(part: Tensor) -> Tensor:
@@ -76,8 +80,9 @@ def clear_pictures(images: Tensor, labels: Tensor, keep: float) -> tuple[Tensor,
 
 def street_pictures(part: str, keep: float) -> tuple[Tensor, Tensor]:
     """The clearest street numbers, float N x 3 x 32 x 32 in -1..1, and labels 0..9."""
-    split = getattr(utils.load_street(), part)
-    images, labels = clear_pictures(split.images, split.labels, keep)
+    count, seed = STREET_PICTURES[part]
+    rendered = utils.render_street_numbers(count, seed, lengths=(1.0,))
+    images, labels = clear_pictures(*rendered, keep)
     return images.float() / 127.5 - 1, labels
 
 
@@ -186,7 +191,11 @@ class Block(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Score of a picture given its class, w.h + e_y.h, and class logits from the same features."""
+    """Score of a picture given its class: SCORE_GAIN times w.h + e_y.h.
+
+    Spectral norm keeps w and every e_y at length 1 or less. Without a gain the scores stayed within
+    the hinge's margins for thousands of steps, and the discriminator taught the generator little.
+    """
 
     def __init__(self, width: int = 32, classes: int = 20) -> None:
         super().__init__()
@@ -198,17 +207,35 @@ class Discriminator(nn.Module):
         )
         self.score = spectral_norm(nn.Linear(4 * width, 1))
         self.project = spectral_norm(nn.Embedding(classes, 4 * width))
-        self.classify = nn.Linear(4 * width, classes)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = F.relu(self.blocks(x)).sum((2, 3))
-        return self.score(h)[:, 0] + (h * self.project(y)).sum(1), self.classify(h / 16)
+        return SCORE_GAIN * (self.score(h)[:, 0] + (h * self.project(y)).sum(1))
+
+
+def guide_network(width: int = 32, classes: int = 20) -> nn.Sequential:
+    """The guide: N x 3 x 32 x 32 in -1..1 to N x 20 logits. Not the judge's architecture."""
+
+    def block(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, width, 5), nn.MaxPool2d(2), *block(width, 2 * width, 5), nn.MaxPool2d(2),
+        *block(2 * width, 4 * width, 3), *block(4 * width, 4 * width, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes),
+    )  # fmt: skip
 
 
 def noise(n: int, rng: torch.Generator, truncation: float = 1.0) -> Tensor:
     """The library's truncated noise: a normal cut to -2..2, times the truncation."""
     z = torch.empty(n, utils.DIGIT_Z)
     return truncation * nn.init.trunc_normal_(z, a=-2.0, b=2.0, generator=rng)
+
+
+def mixed_precision():
+    """bf16 where the processor has it, as in the notebook's own training."""
+    return utils.autocast(CPU, utils.precision_policy(CPU))
 
 
 def one_hot(labels: Tensor) -> Tensor:
@@ -218,19 +245,23 @@ def one_hot(labels: Tensor) -> Tensor:
 # ---- the judge and the measures ------------------------------------------------------
 
 
-def train_judge(real: RealPictures, steps: int, rng: torch.Generator) -> utils.DigitJudge:
-    """A classifier of real pictures; it never sees a generated one."""
-    judge = utils.DigitJudge().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.01)
+def train_classifier(
+    model: nn.Module, real: RealPictures, steps: int, rng: torch.Generator
+) -> nn.Module:
+    """Trains `model` to name the class of real pictures; it never sees a generated one."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         images, labels = real.batch(64, 64, rng)
-        loss = F.cross_entropy(judge(images), labels, label_smoothing=0.05)
+        with mixed_precision():
+            logits = model(images.to(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return judge.eval()
+    return model.eval()
 
 
 @torch.no_grad()
@@ -311,13 +342,14 @@ class Trainer:
         self.generator = trainable_biggan()
         self.average = trainable_biggan(self.generator.state_dict())
         self.discriminator = Discriminator().to(memory_format=torch.channels_last)
+        self.guide = guide_network().to(memory_format=torch.channels_last).eval()
         adam = {"betas": BETAS}
         self.opt_g = torch.optim.Adam(self.generator.parameters(), LR_GENERATOR, **adam)
         self.opt_d = torch.optim.Adam(self.discriminator.parameters(), LR_DISCRIMINATOR, **adam)
         self.rng = torch.Generator().manual_seed(SEED)
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
-        self.parts = ("generator", "discriminator", "average", "opt_g", "opt_d")
+        self.parts = ("generator", "discriminator", "average", "guide", "opt_g", "opt_d")
 
     def save(self, path: Path) -> None:
         state = {name: getattr(self, name).state_dict() for name in self.parts}
@@ -336,20 +368,22 @@ class Trainer:
     def train_step(self, real: RealPictures) -> dict[str, float]:
         """One update of the discriminator, then one of the generator on the same fakes."""
         images, labels = real.batch(STREET_BATCH, WRITTEN_BATCH, self.rng)
-        fakes = self.generator(noise(BATCH, self.rng), one_hot(labels), 1.0)
-
-        both = torch.cat([images.to(memory_format=torch.channels_last), fakes.detach()])
-        scores, logits = self.discriminator(both, labels.repeat(2))
+        with mixed_precision():
+            fakes = self.generator(noise(BATCH, self.rng), one_hot(labels), 1.0).float()
+            both = torch.cat([images.to(memory_format=torch.channels_last), fakes.detach()])
+            scores = self.discriminator(both, labels.repeat(2)).float()
         on_real, on_fake = scores.chunk(2)
-        hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
-        loss_d = hinge + F.cross_entropy(logits[:BATCH], labels)
+        loss_d = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
         self.opt_d.zero_grad()
         loss_d.backward()
         self.opt_d.step()
 
         self.discriminator.requires_grad_(False)
-        scores, logits = self.discriminator(fakes, labels)
-        loss_g = -scores.mean() + CLASS_WEIGHT * F.cross_entropy(logits, labels)
+        with mixed_precision():
+            scores = self.discriminator(fakes, labels).float()
+            logits = self.guide(fakes).float()
+        class_loss = F.cross_entropy(logits, labels)
+        loss_g = -scores.mean() + CLASS_WEIGHT * class_loss
         self.opt_g.zero_grad()
         loss_g.backward()
         self.opt_g.step()
@@ -362,9 +396,9 @@ class Trainer:
             torch._foreach_lerp_(ours, theirs, 1 - decay)
             for mean, now in zip(self.average.buffers(), self.generator.buffers(), strict=True):
                 mean.copy_(now)
-        values = (hinge.detach(), loss_g.detach(), on_real.detach().mean(), on_fake.detach().mean())
-        names = ("loss_d", "loss_g", "d_real", "d_fake")
-        return dict(zip(names, (v.item() for v in values), strict=True))
+        figures = {"loss_d": loss_d, "loss_g": loss_g, "class_loss": class_loss}
+        figures |= {"d_real": on_real.mean(), "d_fake": on_fake.mean()}
+        return {name: value.item() for name, value in figures.items()}
 
 
 def train(trainer: Trainer, real: RealPictures, steps: int, runs: Path) -> None:
@@ -389,16 +423,10 @@ def train(trainer: Trainer, real: RealPictures, steps: int, runs: Path) -> None:
             print(f"{trainer.seconds:.0f} s", trainer.log[-1], flush=True)
 
 
-def save_half(state: dict[str, Tensor], path: Path) -> None:
-    """Saves a state dict with its floating point tensors as fp16: half the size."""
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    torch.save({k: v.contiguous() for k, v in half.items()}, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--judge-steps", type=int, default=JUDGE_STEPS)
+    parser.add_argument("--classifier-steps", type=int, default=CLASSIFIER_STEPS)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "biggan_digits")
     args = parser.parse_args()
@@ -412,20 +440,20 @@ def main() -> None:
         trainer.load(checkpoint)
         print(f"going on from step {trainer.step}", flush=True)
     real = RealPictures("train")
+    if trainer.step == 0:
+        rng = torch.Generator().manual_seed(SEED + 2)
+        train_classifier(trainer.guide, real, args.classifier_steps, rng)
+    trainer.guide.requires_grad_(False)
     train(trainer, real, args.steps, args.runs)
 
     # Only now the judge: a classifier of real pictures, trained on the unclear ones as well.
-    judge, path = utils.DigitJudge(), args.runs / "judge.pt"
-    if path.exists():
-        judge.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        torch.manual_seed(SEED)
-        everything = RealPictures("train", keep=1.0)
-        judge = train_judge(everything, args.judge_steps, torch.Generator().manual_seed(SEED + 1))
-        torch.save(judge.state_dict(), path)
-    save_half(judge.state_dict(), args.out / "judge_digits.pt")
-    judge.load_state_dict(torch.load(args.out / "judge_digits.pt", weights_only=True))
-    judge.eval()
+    torch.manual_seed(SEED + 1)
+    judge = utils.DigitJudge().to(memory_format=torch.channels_last)
+    rng = torch.Generator().manual_seed(SEED + 1)
+    train_classifier(judge, RealPictures("train", keep=1.0), args.classifier_steps, rng)
+    # What the notebook will load are the rounded weights, so those are the ones we measure.
+    utils.save_half(judge, args.out / "judge_digits.pt")
+    utils.load_weights(judge, args.out / "judge_digits.pt")
     reference = real_features(judge, real, torch.Generator().manual_seed(3))
     other = real_features(judge, RealPictures("test"), torch.Generator().manual_seed(4))
     facts: dict = {"street_version": utils.STREET_VERSION}
@@ -447,14 +475,15 @@ def main() -> None:
     # The weights to keep: the average, with statistics for every truncation, as fp16.
     model = trainer.average
     standing_statistics(model, range(51), per_class=50)
-    save_half(model.state_dict(), args.out / "biggan_digits.pt")
-    model.load_state_dict(torch.load(args.out / "biggan_digits.pt", weights_only=True))
+    utils.save_half(model, args.out / "biggan_digits.pt")
+    utils.load_weights(model, args.out / "biggan_digits.pt")
     facts["final"] = {
-        f"{t:.1f}": quality(model.eval(), judge, reference, 200, t)
-        for t in (0.2, 0.4, 0.6, 0.8, 1.0)
+        f"{t:.1f}": quality(model, judge, reference, 200, t) for t in (0.2, 0.4, 0.6, 0.8, 1.0)
     }
     settings = {"steps": trainer.step, "seconds": round(trainer.seconds), "batch": BATCH}
     settings |= {"lr_generator": LR_GENERATOR, "lr_discriminator": LR_DISCRIMINATOR}
+    settings |= {"precision": str(utils.precision_policy(CPU))}
+    settings |= {"score_gain": SCORE_GAIN}
     settings |= {"ema_decay": EMA_DECAY, "class_weight": CLASS_WEIGHT, "street_keep": STREET_KEEP}
     log = {"model": MODEL_NAME, "settings": settings} | facts | {"steps": trainer.log}
     (args.out / "biggan_digits_log.json").write_text(json.dumps(log, indent=1) + "\n")

@@ -24,8 +24,6 @@ from pathlib import Path
 os.environ.update(A3_PROFILE="full", A3_DATA="embedded")  # whatever the caller has set
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import torch  # noqa: E402
-
 import utils  # noqa: E402
 
 PICTURES = 144_000  # seen in training, that is 6 epochs of 24,000
@@ -48,18 +46,14 @@ def main(pictures: int, target: Path) -> None:
     street = utils.load_street()
     model, history = train(street.train, pictures=pictures, device=utils.default_device())
     # What the notebook will load is the rounded model, so that is the one we measure.
-    state = {
-        k: v.cpu().half() if v.is_floating_point() else v.cpu()
-        for k, v in model.state_dict().items()
-    }
-    model.load_state_dict(state)  # copying into the model makes fp32 of fp16 again
+    utils.save_half(model, target)
+    utils.load_weights(model, target)
     splits = {
         "train": street.train.first(5_000),
         "test": street.test,
         "unseen_fonts": street.unseen,
     }
     scores = {name: utils.accuracy(utils.predict(model, s), s.labels) for name, s in splits.items()}
-    utils.write_atomically(target, lambda path: torch.save(state, path))
     facts = {
         "street_version": utils.STREET_VERSION,
         "accuracy": {name: round(score, 2) for name, score in scores.items()},
