@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: all run pdf results test fast-test lint format sync publish readme bench clean
+.PHONY: all run pdf results test test-oldest fast-test lint format sync publish readme bench clean
 
 all: run pdf results
 
@@ -25,10 +26,20 @@ pdf: $(READY)
 results: $(READY)
 	$(BIN)/python tools/notebook.py results
 
+ALL_TESTS = A3_PROFILE=tiny A3_RUNS=build/smoke $(BIN)/python -m pytest --nbmake \
+  --nbmake-timeout=600 --durations=10 assignment3.ipynb tests
+
 test: $(READY) lint
 	rm -rf build/smoke
-	A3_PROFILE=tiny A3_RUNS=build/smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 \
-	  --durations=10 assignment3.ipynb tests
+	$(ALL_TESTS)
+
+test-oldest:  # every test again, on the oldest versions that requirements.txt admits
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+	  --resolution lowest-direct --requirement requirements.txt
+	rm -rf build/smoke
+	$(subst $(BIN),$(OLDEST)/bin,$(ALL_TESTS))
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
@@ -55,4 +66,4 @@ bench: $(READY)
 	$(BIN)/python tests/bench.py
 
 clean:
-	rm -rf build runs $(VENV)
+	rm -rf build runs $(VENV) $(OLDEST)

@@ -163,15 +163,28 @@ def notice(text: str) -> None:
     print(f"{bar}\n{text}\n{bar}", flush=True)
 
 
+def temporary_name(path: Path) -> Path:
+    """A new hidden name beside `path`, to write to before the rename."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+def remove_abandoned_parts(path: Path) -> None:
+    """Delete temporary files of runs that were killed: a living one is written to all the time."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+        except OSError:
+            pass  # another process was faster, or the folder is read-only
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then rename: readers never see half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    remove_abandoned_parts(path)
+    temporary = temporary_name(path)
     try:
         write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -337,7 +350,7 @@ def _try_url(url: str, path: Path, checksum: str, size: int | None, timeout: flo
     """
     kind, digits = _parse_checksum(checksum)
     digest, head, received = _new_digest(kind), b"", 0
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    part = temporary_name(path)
     start = told = time.monotonic()
     try:
         with open(part, "xb") as file:
@@ -374,16 +387,6 @@ def _remove_quietly(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         pass  # the fault that made us clean up is the one to report
-
-
-def _remove_abandoned_parts(path: Path) -> None:
-    """Delete temporary files of runs that were killed: a living one is written to all the time."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        try:
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink()
-        except OSError:
-            pass  # another process was faster, or the folder is read-only
 
 
 def _right_or_set_aside(path: Path, checksum: str, size: int | None) -> bool:
@@ -449,7 +452,7 @@ def download(
         if _right_or_set_aside(path, checksum, size):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned_parts(path)
+        remove_abandoned_parts(path)
         for url in urls:
             try:
                 _try_url(url, path, checksum, size, timeout)

@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes exactly, it stops clearly, it loses nothing."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -287,8 +288,6 @@ def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
     script.write_text(textwrap.dedent(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"))))
 
     def start(runs, out):
-        import os
-
         environment = os.environ | {"A3_RUNS": str(runs)}
         command = [sys.executable, str(script), str(out)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -309,6 +308,44 @@ def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
         assert start(tmp_path / "killed", tmp_path / "killed.pt").wait() == 0
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "killed"))
     assert one["rows"] == two["rows"] and same(one["model"], two["model"])
+
+
+DIES_WRITING = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch; torch.set_num_threads(1)
+import test_training as t
+epoch, share = int(sys.argv[1]), float(sys.argv[2])
+whole_save, saves = torch.save, [0]
+def save(state, target):
+    whole_save(state, target)
+    saves[0] += 1
+    if saves[0] == epoch:
+        os.truncate(target, int(share * os.path.getsize(target)))
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+t.train(t.small_model(dropout=0.3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch, share", [(1, 0.0), (1, 0.5), (3, 0.99), (6, 1.0)])
+def test_kill_9_while_a_checkpoint_is_written(epoch, share, tmp_path, monkeypatch):
+    script = tmp_path / "job.py"
+    script.write_text(DIES_WRITING.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    expected = small_model(dropout=0.3)
+    history = train(expected)
+    monkeypatch.setenv("A3_RUNS", str(tmp_path / "killed"))
+    command = [sys.executable, str(script), str(epoch), str(share)]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    (left_behind,) = utils.runs_folder().glob(".test-*.part")
+    assert len(list(utils.runs_folder().glob("test-*.pt"))) == (epoch > 1)
+    long_ago = time.time() - 4000
+    os.utime(left_behind, (long_ago, long_ago))
+    resumed = small_model(dropout=0.3)
+    assert numbers(train(resumed)) == numbers(history) and same(weights(resumed), weights(expected))
+    assert [p.suffix for p in utils.runs_folder().iterdir()] == [".pt"]
 
 
 def test_kill_while_a_checkpoint_is_written_leaves_the_last_good_one(monkeypatch):
