@@ -1013,7 +1013,8 @@ def _choose_digits(
 ) -> tuple[Tensor, Tensor]:
     """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5)."""
     n = len(labels)
-    length = torch.multinomial(torch.tensor(lengths), n, replacement=True, generator=rng) + 1
+    share = torch.tensor(lengths, dtype=torch.float32)
+    length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
     position = (torch.rand(n, generator=rng) * length).long()
     place = position[:, None] + torch.arange(-2, 3)
     digits = torch.randint(0, 10, (n, 5), generator=rng)
@@ -2129,7 +2130,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("a and b must be finite; they hold NaN or infinity.")
     a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a, cov_b = (x.T.cov().reshape(x.shape[1], -1) for x in (a, b))  # a matrix for D = 1 too
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()

@@ -264,7 +264,8 @@ def test_architecture_is_the_starters(nb):
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_towers(nb, normalise):
+def test_towers(nb, normalise, monkeypatch):
+    monkeypatch.setenv("A3_PRECISION", "fp32")
     torch.manual_seed(0)
     classifier = nb.StreetClassifier()
     model = nb.JointEmbedding(classifier, normalise=normalise).eval()

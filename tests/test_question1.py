@@ -165,7 +165,7 @@ def test_recipe_is_chosen_without_the_test_split(nb, monkeypatch):
     monkeypatch.setitem(nb.choose_recipe.__globals__, "train_single", train_spy)
     monkeypatch.setitem(nb.choose_recipe.__globals__, "test_accuracy", score_spy)
     data = utils.DigitData("toy", split(200), split(50, seed=7), False)
-    best, scores = nb.choose_recipe(data, 60, 1)
+    best, scores = nb.choose_recipe(data, 60, list(nb.RECIPES), epochs=1)
     assert best == "one-cycle" and set(scores) == set(nb.RECIPES)
     test_rows = {bytes(image.numpy().tobytes()) for image in data.test.images}
     for part in seen:
