@@ -2122,9 +2122,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     float64; the last trace from the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is symmetric.
     Raises ValueError for fewer than two rows, different widths, or numbers that are not finite.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] >= 1
+    if not fits or min(len(a), len(b)) < 2:
         raise ValueError(
-            "a and b must be N x D and M x D with N and M at least 2; "
+            "a and b must be N x D and M x D with N and M at least 2, D at least 1; "
             f"got {tuple(a.shape)} and {tuple(b.shape)}."
         )
     if not (a.isfinite().all() and b.isfinite().all()):
