@@ -1290,7 +1290,8 @@ def render_street_numbers(
     if isinstance(families, str) or not families or unknown:
         valid = ", ".join(FONT_FAMILIES)
         raise ValueError(f"families must be a sequence of some of: {valid}; got {families!r}")
-    if not 1 <= len(lengths) <= 4 or min(lengths) < 0 or not 0 < sum(lengths) < math.inf:
+    shares = torch.tensor(lengths, dtype=torch.float32)  # as the draw will see them
+    if not 1 <= len(lengths) <= 4 or min(lengths) < 0 or not 0 < shares.sum() < math.inf:
         raise ValueError(f"lengths must be one to four shares, not all zero; got {lengths!r}")
     rng = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()
