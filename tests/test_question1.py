@@ -1,5 +1,8 @@
 """Question 1 (b) to (d): models, mixed batches, gradients, subsets, paired comparison."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,58 @@ def test_one_tasks_gradient_leaves_the_other_head_and_reaches_the_trunk(nb, kind
     assert all(p.grad is None for p in model.heads[1 - task].parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.heads[task].parameters())
     assert model.trunk[0].weight.grad.abs().sum() > 0
+
+
+def test_each_recipe_adds_one_thing_to_the_one_before(nb):
+    recipes = [vars(recipe) for recipe in nb.RECIPES.values()]
+    for before, after in pairwise(recipes):
+        changed = {field for field in after if after[field] != before[field]}
+        assert len(changed) == 1 or changed == {"lr", "schedule"}
+
+
+@pytest.mark.parametrize(("shrink", "trim"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("size", [28, 32])
+def test_pictures_enter_small_and_without_their_sides(nb, shrink, trim, size):
+    enter = nb.entrance(replace(nb.RECIPES["suggested"], shrink=shrink, trim=trim))
+    images = torch.rand(2, 1, size, size)
+    framed = enter(images)
+    assert framed.shape[2:] == ((24, 24) if shrink else (size, size))
+    level = torch.full_like(images, 0.3)
+    assert torch.allclose(enter(level), torch.full_like(framed, 0.3))
+    images[..., : size // 8] = images[..., -(size // 8) :] = 9.0
+    assert torch.equal(enter(images), framed) == trim
+    images[..., size // 8] = 9.0  # the first column that stays
+    assert not torch.equal(enter(images), framed)
+
+
+def test_standardised_pictures_have_mean_0_and_deviation_1_after_framing(nb):
+    images = nb.entrance(nb.RECIPES["negatives"])(5 + 3 * torch.rand(4, 1, 32, 32))
+    assert torch.allclose(images.mean((1, 2, 3)), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(images.std((1, 2, 3), correction=0), torch.ones(4), atol=1e-3)
+
+
+@pytest.mark.parametrize("recipes", [("suggested", "shrink"), ("trim", "warp"), ("warp", "warp")])
+@pytest.mark.parametrize("kind", ["mixed", "per domain", "separate passes"])
+def test_halves_are_of_one_size_when_only_one_recipe_shrinks(nb, recipes, kind):
+    model = nb.TwoHeads(kind, recipes)
+    halves = torch.rand(4, 1, 32, 32), torch.rand(4, 1, 32, 32)
+    side = 24 if any(nb.RECIPES[recipe].shrink for recipe in recipes) else 32
+    for enter, half in zip(model.entrances, halves, strict=True):
+        assert enter(half).shape == (4, 1, side, side)
+    assert [scores.shape for scores in model(*halves)] == [(4, 10), (4, 10)]
+
+
+def test_smoothing_gives_a_share_of_each_label_to_all_classes(nb):
+    logits, labels = torch.randn(6, 10), torch.arange(6)
+    target = 0.9 * F.one_hot(labels, 10) + 0.01
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    loss, figures = nb.classification_loss(lambda images: images, (logits, labels), smoothing=0.1)
+    assert torch.allclose(loss, expected)
+    assert figures["acc"] == 100 * (logits.argmax(1) == labels).float().mean()
+    both, _ = nb.multi_task_loss(
+        lambda *halves: halves, ((logits, labels), (-logits, labels)), smoothing=(0.1, 0.0)
+    )
+    assert torch.allclose(both, (expected + F.cross_entropy(-logits, labels)) / 2)
 
 
 def test_two_heads_put_each_half_through_its_own_head(nb):
@@ -139,7 +194,7 @@ def test_comparison_takes_any_pair_and_gives_the_same_numbers_twice(nb, monkeypa
         utils.DigitData(f"toy {n}", split(200, seed=n), split(50, seed=9), False) for n in (0, 1)
     ]
     options = {
-        "recipes": ("one-cycle, warp", "one-cycle, warp, standardise, decay"),
+        "recipes": ("warp", "negatives"),  # one shrinks and trims, one does not
         "epochs": 2, "steps": 2, "batch_norm": "mixed",
     }  # fmt: skip
     first, histories = nb.compare_on_few(pair, 50, 0, watch=True, **options)
