@@ -99,7 +99,7 @@ def test_halves_are_of_one_size_when_only_one_recipe_shrinks(nb, recipes, kind):
     assert [scores.shape for scores in model(*halves)] == [(4, 10), (4, 10)]
 
 
-def test_smoothing_gives_a_share_of_each_label_to_all_classes(nb):
+def test_losses_smooth_labels_and_weigh_tasks(nb):
     logits, labels = torch.randn(6, 10), torch.arange(6)
     target = 0.9 * F.one_hot(labels, 10) + 0.01
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
@@ -109,7 +109,15 @@ def test_smoothing_gives_a_share_of_each_label_to_all_classes(nb):
     both, _ = nb.multi_task_loss(
         lambda *halves: halves, ((logits, labels), (-logits, labels)), smoothing=(0.1, 0.0)
     )
-    assert torch.allclose(both, (expected + F.cross_entropy(-logits, labels)) / 2)
+    other = F.cross_entropy(-logits, labels)
+    assert torch.allclose(both, (expected + other) / 2)
+    both, _ = nb.multi_task_loss(
+        lambda *halves: halves,
+        ((logits, labels), (-logits, labels)),
+        smoothing=(0.1, 0.0),
+        weights=(3, 1),
+    )
+    assert torch.allclose(both, (3 * expected + other) / 4)
 
 
 def test_two_heads_put_each_half_through_its_own_head(nb):
