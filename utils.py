@@ -53,6 +53,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
@@ -1830,13 +1831,13 @@ def plot_curves(histories: dict[str, History], *, title: str, name: str) -> None
     for axis in axes:
         axis.set(xlabel="epoch", yscale="log")
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    if len(histories) > 2:  # too many lines for a legend on top of them
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    else:
-        axes[1].legend(fontsize=7)
+    # Beside the lines, not on top of them.
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     save_figure(figure, name)
 
 
@@ -1847,6 +1848,31 @@ def write_results(results: dict) -> None:
     """
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomically(figures_folder() / "results.json", lambda path: path.write_text(text + "\n"))
+
+
+def summary(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Question 1 in one table: the header with the data sets' names, and one row a question."""
+    roles = ("handwritten", "street")
+
+    def percent(part: dict, key: str = "test_acc") -> list[str]:
+        return [f"{part[role][key]:.2f} %" for role in roles]
+
+    def spread(part: dict) -> list[str]:
+        return [f"{part[role]['mean']:.2f} ± {part[role]['std']:.2f} %" for role in roles]
+
+    single, joint = results["single_task"], results["joint_embedding"]
+    few = next(key for key in results if key.startswith("single_task_"))
+    size = few.removeprefix("single_task_")
+    rows = [
+        ("(b) single task, suggested settings", *percent(single, "suggested_test_acc")),
+        ("(b) single task, our recipe", *percent(single)),
+        ("(c) multi-task, our recipe", *percent(results["multi_task"])),
+        (f"(d) {size} samples each, single task", *spread(results[few])),
+        (f"(d) {size} samples each, multi-task", *spread(results[f"multi_task_{size}"])),
+        ("(e) joint embedding, top-1 (as query)", f"{joint['top1_all']:.2f} %",
+         f"{joint['reverse_top1']:.2f} %"),
+    ]  # fmt: skip
+    return ("test accuracy", *(results["data"][role]["name"] for role in roles)), rows
 
 
 def results_rows(results: dict) -> list[tuple[str, str]]:

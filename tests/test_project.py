@@ -84,6 +84,8 @@ def test_committed_results_are_those_of_the_notebook(committed):
     assert results["profile"] == "full"
     for name, value in utils.results_rows(results):
         assert f"| {name} | {value} |" in shown, name
+    for row in utils.summary(results)[1]:
+        assert json.dumps("| " + " | ".join(row) + " |")[1:-1] in shown, row
 
 
 def test_readme_shows_the_committed_results():

@@ -129,32 +129,14 @@ def results_table(path: Path) -> str:
 
 def readme_table(path: Path) -> str:
     """The README's results: one row a question, each number under the name of its data."""
+    sys.path.insert(0, str(ROOT))
+    import utils
+
     r = json.loads(path.read_text())
-    names = [r["data"][role]["name"] for role in ("handwritten", "street")]
-    sizes = [r["data"][role] for role in ("handwritten", "street")]
-
-    def percent(part: dict, key: str = "test_acc") -> list[str]:
-        return [f"{part[role][key]:.2f} %" for role in ("handwritten", "street")]
-
-    def spread(part: dict) -> list[str]:
-        return [
-            f"{part[k]['mean']:.2f} ± {part[k]['std']:.2f} %" for k in ("handwritten", "street")
-        ]
-
-    joint = r["joint_embedding"]
+    header, rows = utils.summary(r)
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ("---", "---:", "---:"), *rows]]
+    names, sizes = header[1:], [r["data"][role] for role in ("handwritten", "street")]
     street = r["single_task"]["street"]
-    rows = [
-        ("test accuracy", *names),
-        ("---", "---:", "---:"),
-        ("(b) single task, suggested settings", *percent(r["single_task"], "suggested_test_acc")),
-        ("(b) single task, our recipe", *percent(r["single_task"])),
-        ("(c) multi-task, our recipe", *percent(r["multi_task"])),
-        ("(d) 500 samples each, single task", *spread(r["single_task_500"])),
-        ("(d) 500 samples each, multi-task", *spread(r["multi_task_500"])),
-        ("(e) joint embedding, top-1 (as query)", f"{joint['top1_all']:.2f} %",
-         f"{joint['reverse_top1']:.2f} %"),
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [
         f"{name}: {size['train']:,} training and {size['test']:,} test pictures."
         for name, size in zip(names, sizes, strict=True)
