@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from scipy.io import loadmat
 from torch import nn
 
 import utils
@@ -211,6 +213,42 @@ def test_comparison_takes_any_pair_and_gives_the_same_numbers_twice(nb, monkeypa
     assert first == second
     assert set(histories) == {"single 0", "single 1", "multi"}
     assert len(histories["multi"].of_task("street").column("test_acc")) == 2
+
+
+SVHN_CROPS = Path(__file__).parents[2] / "shared/data/SVHN_subset/train_first601.mat"
+
+
+@pytest.mark.skipif(not SVHN_CROPS.exists(), reason="the real SVHN crops are not here")
+def test_comparison_takes_real_crops_that_cannot_be_balanced(nb):
+    stored = loadmat(SVHN_CROPS)
+    images = torch.from_numpy(stored["X"].transpose(3, 2, 0, 1).copy())
+    crops = utils.Split(images, torch.from_numpy(stored["y"].astype("int64").ravel() % 10)).gray()
+    order = np.random.RandomState(0).permutation(len(crops))
+    real = utils.DigitData("SVHN", crops.take(order[:500]), crops.take(order[500:]), True)
+    assert min(real.train.counts()) < 50
+    pair = [utils.DigitData("toy", split(600), split(50, seed=9), False), real]
+    accuracies, _ = nb.compare_on_few(
+        pair, 500, 0, recipes=("bold", "negatives"), epochs=1, steps=2, batch_norm="per domain"
+    )
+    assert all(0 <= value <= 100 for kind in accuracies.values() for value in kind)
+
+
+def test_a_training_set_of_just_the_size_is_taken_whole(nb, monkeypatch):
+    whole = split(200).take(torch.arange(200) % 7)  # digits 7 to 9 are missing
+    seen = []
+
+    def train_spy(train, *_, **__):
+        seen.append(train)
+        raise InterruptedError
+
+    monkeypatch.setitem(nb.compare_on_few.__globals__, "train_single", train_spy)
+    pair = [utils.DigitData("toy", whole, split(50), False)] * 2
+    options = {"recipes": ("warp", "warp"), "epochs": 1, "steps": 1, "batch_norm": "mixed"}
+    with pytest.raises(InterruptedError):
+        nb.compare_on_few(pair, 200, 0, **options)
+    assert torch.equal(seen[0].images, whole.images)
+    with pytest.raises(ValueError, match="every digit"):
+        nb.compare_on_few(pair, 100, 0, **options)
 
 
 def test_recipe_is_chosen_without_the_test_split(nb, monkeypatch):
