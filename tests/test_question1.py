@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +143,42 @@ def test_domain_batch_norm_keeps_statistics_per_domain(nb):
     assert not any(isinstance(m, nb.DomainBatchNorm2d) for m in model.task(0).modules())
 
 
+def test_joint_choice_is_the_greatest_sum_of_means_over_the_seeds(nb, monkeypatch):
+    accuracies = {("a", 0): (90, 50), ("a", 1): (92, 50), ("b", 0): (80, 64), ("b", 1): (80, 60)}
+    calls = []
+
+    class Trained:
+        def __init__(self, key):
+            self.key = key
+
+        def task(self, number):
+            return accuracies[self.key][number], number
+
+    def train_spy(train, test, *, seed, letter, run):
+        assert test is None and run == "trial"
+        calls.append((letter, seed, train))
+        return Trained((letter, seed)), None
+
+    def score_spy(task, held_out):
+        assert held_out == ("digits", "streets")[task[1]]
+        return task[0]
+
+    monkeypatch.setitem(nb.choose_joint.__globals__, "train_multi", train_spy)
+    monkeypatch.setitem(nb.choose_joint.__globals__, "test_accuracy", score_spy)
+    best, scores = nb.choose_joint(
+        ["pair 0", "pair 1"],
+        ("digits", "streets"),
+        {"first": {"letter": "a"}, "second": {"letter": "b"}},
+        run="trial",
+    )
+    assert best == "second"  # 80 + 62 against 91 + 50
+    assert scores == {
+        "handwritten": {"first": 91, "second": 80},
+        "street": {"first": 50, "second": 62},
+    }
+    assert calls == [(c, seed, f"pair {seed}") for c in "ab" for seed in (0, 1)]
+
+
 @pytest.mark.parametrize("sizes", [(300, 70), (70, 300), (64, 64), (65, 1000), (30, 100)])
 def test_mixed_batches_are_64_and_64_and_see_every_sample_equally_often(nb, sizes):
     splits = [split(n, size=16) for n in sizes]
@@ -215,12 +250,8 @@ def test_comparison_takes_any_pair_and_gives_the_same_numbers_twice(nb, monkeypa
     assert len(histories["multi"].of_task("street").column("test_acc")) == 2
 
 
-SVHN_CROPS = Path(__file__).parents[2] / "shared/data/SVHN_subset/train_first601.mat"
-
-
-@pytest.mark.skipif(not SVHN_CROPS.exists(), reason="the real SVHN crops are not here")
-def test_comparison_takes_real_crops_that_cannot_be_balanced(nb):
-    stored = loadmat(SVHN_CROPS)
+def test_comparison_takes_real_crops_that_cannot_be_balanced(nb, shared):
+    stored = loadmat(shared / "SVHN_subset" / "train_first601.mat")
     images = torch.from_numpy(stored["X"].transpose(3, 2, 0, 1).copy())
     crops = utils.Split(images, torch.from_numpy(stored["y"].astype("int64").ravel() % 10)).gray()
     order = np.random.RandomState(0).permutation(len(crops))

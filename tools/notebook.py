@@ -9,6 +9,7 @@ python tools/notebook.py readme             write the results table into README.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 
@@ -118,22 +120,23 @@ def publish(executed: Path) -> None:
     save(notebook, NOTEBOOK)
 
 
+def helpers() -> ModuleType:
+    """utils.py, imported only where needed: it brings torch, which most commands do without."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module("utils")
+
+
 def results_table(path: Path) -> str:
     """The results file as a Markdown table."""
-    sys.path.insert(0, str(ROOT))
-    import utils
-
-    rows = utils.results_rows(json.loads(path.read_text()))
+    rows = helpers().results_rows(json.loads(path.read_text()))
     return "\n".join(["| result | value |", "| --- | ---: |", *(f"| {n} | {v} |" for n, v in rows)])
 
 
 def readme_table(path: Path) -> str:
     """The README's results: one row a question, each number under the name of its data."""
-    sys.path.insert(0, str(ROOT))
-    import utils
-
     r = json.loads(path.read_text())
-    header, rows = utils.summary(r)
+    header, rows = helpers().summary(r)
     lines = ["| " + " | ".join(row) + " |" for row in [header, ("---", "---:", "---:"), *rows]]
     names, sizes = header[1:], [r["data"][role] for role in ("handwritten", "street")]
     street = r["single_task"]["street"]
