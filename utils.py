@@ -792,6 +792,16 @@ def jobs_at_once() -> int:
     return max(1, min(joblib.cpu_count(), int(psutil.virtual_memory().available / 1.5e9)))
 
 
+# glibc gives freed memory back at once, and page faults then cost a quarter of a training's time
+# (measured: 12.2 against 8.9 s of processor time). Read by the workers when they start.
+WORKER_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
 def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -> dict[str, Any]:
     """Run independent trainings, `jobs` at a time (None: `jobs_at_once`), one thread each.
 
@@ -807,6 +817,7 @@ def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         if jobs <= 1:
             return {name: _run_task(name, task) for name, task in tasks.items()}
+        os.environ |= {k: v for k, v in WORKER_SETTINGS.items() if k not in os.environ}
         parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, max_nbytes=None)
         work = (joblib.delayed(_run_task)(name, task) for name, task in tasks.items())
         return dict(zip(tasks, parallel(work), strict=True))
