@@ -809,18 +809,23 @@ def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -
     (joblib's loky sends them). Results come in the order of `tasks`, and are the same whatever
     the number of jobs. Raises RuntimeError that names the task that failed.
     """
-    import joblib
+    from joblib.externals.loky import get_reusable_executor
 
     jobs = min(jobs or jobs_at_once(), len(tasks))
     with _Display(list(tasks)), warnings.catch_warnings():
-        # loky replaces a worker whose memory has grown; that costs nothing and is no fault.
-        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         if jobs <= 1:
             return {name: _run_task(name, task) for name, task in tasks.items()}
+        # loky replaces a worker whose memory has grown; that costs nothing and is no fault.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         os.environ |= {k: v for k, v in WORKER_SETTINGS.items() if k not in os.environ}
-        parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, max_nbytes=None)
-        work = (joblib.delayed(_run_task)(name, task) for name, task in tasks.items())
-        return dict(zip(tasks, parallel(work), strict=True))
+        # Futures wait without polling; joblib.Parallel takes a tenth of a core to look for results.
+        executor = get_reusable_executor(max_workers=jobs)
+        futures = {name: executor.submit(_run_task, name, task) for name, task in tasks.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:
+            executor.shutdown(wait=False, kill_workers=True)
+            raise
 
 
 def _run_task(name: str, task: Callable[[], Any]) -> Any:
