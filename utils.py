@@ -1051,7 +1051,10 @@ def find_biggan(wanted: str, device: torch.device) -> Generator | None:
     for name in auto if wanted == "auto" else [wanted]:
         try:
             if name == "digits":
-                return offline_module("digit_biggan").load_digit_biggan(device)
+                found = offline_module("digit_biggan").load_digit_biggan(device)
+                if reasons:
+                    notice("BigGAN-deep could not be loaded.\n" + "\n".join(reasons))
+                return found
             return load_biggan_deep(name, device)
         except Exception as error:  # no failure of an optional part stops the notebook
             if wanted != "auto":
