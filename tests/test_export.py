@@ -489,5 +489,5 @@ def test_committed_notebook_has_few_pages(committed):
         pytest.skip("the notebook has no cell tagged front-page yet")
     pages, _, reader = export(*committed["cells"])
     body = next((n for n, page in enumerate(pages) if "Appendix: code" in page), len(pages))
-    assert body <= 18 and len(pages) - body <= 6
+    assert body <= 24 and len(pages) - body <= 7
     assert "Answers at a glance" in pages[0] and reader.pages[0].get("/Annots")
