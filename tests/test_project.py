@@ -505,7 +505,9 @@ def test_stand_ins_are_never_called_by_the_real_names(colab_run):
     """Computed text names the data that made it; the real names stand only where they must."""
     _, done = colab_run
     allowed = re.compile(r"(stands in for \*\*|No number below is one of )(MNIST|SVHN)")
-    for output in outputs_of(done):
+    # Question 3's digit model was trained on the real sets, and its classes bear their names.
+    before = [cell.source.startswith("## Question 3") for cell in done.cells].index(True)
+    for output in outputs_of(nbformat.v4.new_notebook(cells=done.cells[:before])):
         text = output.get("data", {}).get("text/markdown", "")
         text = allowed.sub("", text + caption(output))
         assert not re.search(r"\b(MNIST|SVHN)\b", text), text
