@@ -1,7 +1,7 @@
 """Shared helpers of Assignment 3 (COMP 499/691): the plumbing, none of the answers.
 
-The parts, top to bottom: settings, data sets, batches and augmentation, training, evaluation and
-figures, BigGAN-deep, PDF export.
+The parts, top to bottom: settings, data sets, training, trainings side by side, evaluation and
+figures, generators, PDF export.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import html
 import http.client
 import importlib
-import importlib.util
 import io
 import json
 import math
@@ -32,6 +31,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,16 +39,18 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
-from scipy.io import loadmat
+from IPython import get_ipython
+from IPython.display import display
+from joblib.externals.loky import get_reusable_executor
 from torch import Tensor, nn
 
-# ======================================================================================
-# Settings: what the environment may change
-# ======================================================================================
+# ---- Settings: what the environment may change ----
 
 CHOICES = {
     "A3_PROFILE": ("full", "tiny"),
@@ -58,10 +60,10 @@ CHOICES = {
 OFFLINE = Path(__file__).resolve().parent / "offline"  # in a clone; a lone notebook has none
 
 
-def switch(name: str, default: str | None = None) -> str:
-    """Value of a setting in CHOICES, read from the environment; the first choice is the default.
+def switch(name: str, default: str = "") -> str:
+    """A setting in CHOICES, from the environment, else `default`, else the first choice.
 
-    `default` names another default. Raises ValueError that lists the valid values.
+    Raises ValueError that lists the valid values.
     """
     choices = CHOICES[name]
     value = os.environ.get(name, "").strip().lower() or default or choices[0]
@@ -81,28 +83,15 @@ def data_root() -> Path:
 
 
 def runs_folder() -> Path:
-    """Folder of all that a run writes: A3_RUNS, else ./runs. Made, where that is possible."""
-    folder = Path(os.environ.get("A3_RUNS") or "runs").expanduser()
-    with contextlib.suppress(OSError):  # whoever writes there says what could not be written
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def figures_folder() -> Path:
-    """Folder of the run's figures and results.json, inside `runs_folder`."""
-    return runs_folder() / "figures"
+    """Folder of all that a run writes, figures/ in it: A3_RUNS, else ./runs."""
+    return Path(os.environ.get("A3_RUNS") or "runs").expanduser()
 
 
 def offline_module(name: str) -> ModuleType:
     """The module offline/NAME.py of a clone. Raises FileNotFoundError where there is none."""
-    path = OFFLINE / f"{name}.py"
-    if not path.is_file():
-        raise FileNotFoundError(2, "this needs the project's folder offline/", str(path))
-    if f"offline_{name}" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(f"offline_{name}", path)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[f"offline_{name}"]
+    if not (OFFLINE / f"{name}.py").is_file():
+        raise FileNotFoundError(2, "this needs the whole project, with its folder offline/", name)
+    return importlib.import_module(f"offline.{name}")
 
 
 def default_device() -> torch.device:
@@ -111,15 +100,11 @@ def default_device() -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """True where the CPU multiplies bf16 in hardware (Intel AMX, AVX512-BF16); Linux only.
-
-    Elsewhere bf16 is emulated and slower than fp32.
-    """
-    try:
+    """Whether the CPU multiplies bf16 in hardware (Intel AMX, AVX512-BF16); seen on Linux only."""
+    with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+        return "amx_bf16" in flags or "avx512_bf16" in flags
+    return False
 
 
 def precision_policy(device: torch.device) -> torch.dtype:
@@ -128,24 +113,22 @@ def precision_policy(device: torch.device) -> torch.dtype:
     bf16 on CPUs that have it and on GPUs from Ampere on, fp16 (with a loss scaler) on older
     GPUs, fp32 elsewhere. Raises ValueError for fp16 on a CPU.
     """
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     choice = switch("A3_PRECISION")
     if choice == "fp16" and device.type != "cuda":
         raise ValueError("A3_PRECISION=fp16 needs a CUDA GPU; use auto, fp32 or bf16 on a CPU.")
-    if choice != "auto":
-        return named[choice]
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if ampere else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_fast_bf16() else torch.float32
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    elif choice == "auto":
+        choice = "bf16" if device.type == "cpu" and cpu_has_fast_bf16() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
 
 def machine() -> str:
     """One line on the machine, without its name: cores, kind, accelerator, torch version."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     bf16 = "bf16" if cpu_has_fast_bf16() else "no bf16"
-    kind = f"{os.cpu_count()} cores {platform.machine()} ({bf16})"
-    return f"{kind}, {where}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores {platform.machine()} ({bf16})"
+    return f"{cores}, {where}, torch {torch.__version__}"
 
 
 def notice(text: str) -> None:
@@ -164,12 +147,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ======================================================================================
-# Data sets: the real one where it is available, else a stand-in under a name of its own
-# ======================================================================================
+def keep(path: Path, write: Callable[[Path], None]) -> None:
+    """`write_atomically` a file of the run; where that cannot be, say so and go on."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        notice(f"{path.name} cannot be written ({error}); the run goes on without this file.")
+
+
+# ---- Data sets: the real one, else a stand-in under a name of its own ----
 
 PATIENCE = 10.0  # seconds of silence after which an address is given up
-CUT = (RuntimeError, ConnectionError, TimeoutError, http.client.HTTPException)  # a hash, too
+CUT = (RuntimeError, ConnectionError, http.client.HTTPException)  # RuntimeError: a wrong hash
 SIZES = {"MNIST": (60_000, 10_000), "SVHN": (73_257, 26_032)}
 FILES = {  # with the start of their sha256
     "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
@@ -180,7 +169,7 @@ FILES = {  # with the start of their sha256
     "test_32x32.mat": "cdce80dfb2a2c4c6",
 }
 MNIST_HOSTS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist")
-SVHN_HOSTS = ("https://ufldl.stanford.edu/housenumbers", "http://ufldl.stanford.edu/housenumbers")
+SVHN_HOST = "http://ufldl.stanford.edu/housenumbers"
 SVHN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # training, 0 to 9
 
 
@@ -199,7 +188,7 @@ class Split:
         x, y = self.images, self.labels
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
             found = f"{x.dtype}, {tuple(x.shape)}"
-            raise ValueError(f"images must be uint8, N x C x H x W, C 1 or 3, N > 0; got {found}.")
+            raise ValueError(f"images must be uint8, N x C x H x W, C 1 or 3, N > 0; not {found}.")
         if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 9:
             raise ValueError(f"labels must be int64, 0 to 9, one for each of {len(x)} images: {y}")
 
@@ -227,13 +216,12 @@ class Split:
         return Split(torch.cat(gray), self.labels)
 
     def padded(self, size: int = 32) -> Split:
-        """Zeros around each image up to size x size. ValueError for a larger image."""
-        height, width = self.images.shape[2:]
-        if max(height, width) > size:
-            raise ValueError(f"size must be at least {max(height, width)}; got {size}.")
-        top, left = (size - height) // 2, (size - width) // 2
-        border = (left, size - width - left, top, size - height - top)
-        return Split(F.pad(self.images, border), self.labels)
+        """Zeros around each (square) image up to size x size. ValueError for a larger image."""
+        border = size - self.images.shape[-1]
+        if border < 0:
+            raise ValueError(f"size must be at least {self.images.shape[-1]}; got {size}.")
+        low = border // 2
+        return Split(F.pad(self.images, (low, border - low) * 2), self.labels)
 
     def counts(self) -> list[int]:
         """Number of images of each digit, 0 to 9."""
@@ -254,14 +242,6 @@ class DigitData:
         return replace(self, train=change(self.train), test=change(self.test))
 
 
-def validation_split(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
-    """Cut a split in two at random: what to fit on, and `count` images to choose by."""
-    if not 0 < count < len(split):
-        raise ValueError(f"count must be 1 to {len(split) - 1}; got {count}.")
-    order = np.random.RandomState(seed).permutation(len(split))
-    return split.take(order[count:]), split.take(order[:count])
-
-
 def fingerprint(*parts: object) -> str:
     """16 hex digits of all parts: tensors and splits by content, the rest by JSON or repr."""
 
@@ -279,7 +259,8 @@ def fingerprint(*parts: object) -> str:
 
 
 def _words(source: object, error: Exception) -> str:
-    return f"{source}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = " ".join(str(error).split())[:300] or f"silent for {PATIENCE:.0f} s"
+    return f"{source}: {type(error).__name__}: {said}"
 
 
 def _sha256(path: Path) -> str:
@@ -290,35 +271,23 @@ def _sha256(path: Path) -> str:
         return "unreadable"
 
 
-def _first_to_deliver(
+def first_to_deliver(
     name: str, sources: dict[str, Callable[[str], Any]], todo: str, tried: Sequence[str] = ()
 ) -> Any:
     """fetch(url) of the first url: fetch in `sources` that works, else DataError.
 
-    All are asked for a sign of life at once: silence, of the name server too, costs PATIENCE once.
-    A cut connection is tried again.
+    Each has PATIENCE of its own; a cut connection is tried again.
     """
-    failures = {}
-
-    def ask(url: str) -> None:  # any answer will do; what else is wrong shows in the download
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60).close()
-        except Exception as error:
-            if type(error) is urllib.error.URLError:  # no connection
-                failures[url] = error
-
-    threads = {url: threading.Thread(target=ask, args=(url,), daemon=True) for url in sources}
-    for thread in threads.values():
-        thread.start()
-    tried, until, before = list(tried), time.monotonic() + PATIENCE, socket.getdefaulttimeout()
+    tried, before = list(tried), socket.getdefaulttimeout()
+    pool = ThreadPoolExecutor()  # as no time-out ends the wait for a name server
     for url, fetch in sources.items():
-        threads[url].join(max(0.0, until - time.monotonic()))
-        if threads[url].is_alive() or url in failures:
-            silence = TimeoutError(f"silent for {PATIENCE:.0f} s")
-            tried.append(_words(url, failures.get(url, silence)))
-            continue
+        request = urllib.request.Request(url, method="HEAD")
         for _ in range(2):
             try:
+                # Any answer is a sign of life; what else is wrong shows in the download.
+                answer = pool.submit(urllib.request.urlopen, request, timeout=2 * PATIENCE)
+                if type(error := answer.exception(PATIENCE)) is urllib.error.URLError:
+                    raise error
                 socket.setdefaulttimeout(PATIENCE)  # the libraries set none
                 with contextlib.redirect_stderr(sys.stdout):  # progress bars
                     return fetch(url)
@@ -340,22 +309,38 @@ def _download(url: str, path: Path, sha256: str) -> Path:
     return path
 
 
-def download_weights(
-    urls: Sequence[str], path: str | Path, sha256_prefix: str, size: int | None = None
-) -> Path:
+def download_weights(urls: Sequence[str], path: str | Path, sha256_prefix: str) -> Path:
     """`path`, where a file of this sha256 is, or comes from the first url that has it.
 
-    Raises DataError that lists every failure; `size` in bytes is for its words only.
+    Raises DataError that lists every failure.
     """
-    path, what = Path(path), f"sha256 {sha256_prefix}..." + (f", {size:,} bytes" if size else "")
+    path = Path(path)
     if _sha256(path).startswith(sha256_prefix):
         return path
     sources = {url: lambda url: _download(url, path, sha256_prefix) for url in urls}
-    todo = f"run again with a network, or save the file as {path} ({what})"
-    return _first_to_deliver(path.name, sources, todo)
+    todo = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
+    return first_to_deliver(path.name, sources, todo)
 
 
-def _cached(name: str, make: Callable[[], Split], *key: object) -> Split:
+def from_hub(
+    repository: str, file: str, folder: Path, kind: str = "model"
+) -> dict[str, Callable[[str], Path]]:
+    """{url: fetch} of a file of the Hugging Face hub, whose client resumes and checks."""
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+    def fetch(url: str) -> Path:
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
+        from huggingface_hub import hf_hub_download
+
+        print(f"Downloading {url}", flush=True)
+        place = {"repo_type": kind, "endpoint": hub, "local_dir": folder}
+        return Path(hf_hub_download(repository, file, **place))
+
+    path = f"{'datasets/' if kind == 'dataset' else ''}{repository}"
+    return {f"{hub}/{path}/resolve/main/{file}": fetch}
+
+
+def load_cached(name: str, make: Callable[[], Split], *key: object) -> Split:
     """make(), or its result in an earlier run with this key. No fault of the cache stops a run."""
     path = runs_folder() / f"{name}-{fingerprint(*key)}.npz"
     with contextlib.suppress(Exception), np.load(path) as stored:  # checks the CRC; no pickles
@@ -363,13 +348,10 @@ def _cached(name: str, make: Callable[[], Split], *key: object) -> Split:
     split = make()
 
     def write(part: Path) -> None:
-        with open(part, "wb") as file:
+        with part.open("wb") as file:
             np.savez(file, images=split.images, labels=split.labels)
 
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        notice(_words("No cache, so the next run takes longer", error))
+    keep(path, write)
     return split
 
 
@@ -383,10 +365,12 @@ def _mnist(part: str) -> Split:
     return Split(tensors[0].view(-1, 1, 28, 28), tensors[1].long())
 
 
-def _from_mat(files: Sequence[Path]) -> Split:
-    if not _sha256(files[0]).startswith(FILES[files[0].name]):
+def _from_mat(file: Path) -> Split:
+    from scipy.io import loadmat
+
+    if not _sha256(file).startswith(FILES[file.name]):
         raise DataError("this is not the official file; its checksum differs")
-    stored = loadmat(files[0])
+    stored = loadmat(file)
     images = stored["X"].T  # N x 3 x W x H
     for some in np.array_split(images, 99):  # in place, which saves the memory of a copy
         some[:] = some.swapaxes(2, 3).copy()
@@ -403,11 +387,11 @@ def _from_parquet(files: Sequence[Path]) -> Split:
         try:
             for batch in ParquetFile(file, pre_buffer=False).iter_batches(1000):
                 column = "image"
-                pngs = [Image.open(io.BytesIO(one["bytes"])) for one in batch[column].to_pylist()]
-                if {(png.size, png.mode) for png in pngs} != {((32, 32), "RGB")}:
-                    raise ValueError("images must be 32 x 32 x 3")
-                raw = np.frombuffer(b"".join(png.tobytes() for png in pngs), np.uint8)
-                pixels += raw.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).tobytes()
+                for one in batch[column].to_pylist():
+                    image = np.asarray(Image.open(io.BytesIO(one["bytes"])))
+                    if image.shape != (32, 32, 3):
+                        raise ValueError(f"images must be 32 x 32 x 3, not {image.shape}")
+                    pixels += image.transpose(2, 0, 1).tobytes()
                 column = "label"
                 labels += batch[column].to_pylist()
                 if not set(labels) <= set(range(10)):
@@ -422,8 +406,9 @@ def _read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file, or from parquet files as the mirror has them."""
     if not files:
         raise FileNotFoundError("no such file")
-    decode = _from_mat if files[0].suffix == ".mat" else _from_parquet
-    split = _cached(f"svhn-{part}", lambda: decode(files), *map(_sha256, files))
+    official = files[0].suffix == ".mat"
+    decode = partial(_from_mat, files[0]) if official else partial(_from_parquet, files)
+    split = load_cached(f"svhn-{part}", decode, *map(_sha256, files))
     counts, whole = split.counts(), SIZES["SVHN"][part == "test"]
     wrong = 0 in counts or len(split) == whole and counts != SVHN_COUNTS
     if len(split) > whole or part == "train" and wrong:
@@ -434,52 +419,26 @@ def _read_svhn(part: str, files: Sequence[Path]) -> Split:
 def _svhn(part: str) -> Split:
     """Files in A3_DATA_ROOT, official or the mirror's; the official address; the mirror."""
     root, mat, tried = data_root(), f"{part}_32x32.mat", []
-    mirror, parquet = "ufldl-stanford/svhn", f"cropped_digits/{part}-00000-of-00001.parquet"
     for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
         try:
             return _read_svhn(part, sorted(root.glob(pattern)))
         except Exception as error:
             tried.append(_words(root / pattern, error))
-
-    def from_official(url: str) -> Split:
-        return _read_svhn(part, [_download(url, root / mat, FILES[mat])])
-
-    def from_mirror(url: str) -> Split:
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs and resumes
-        from huggingface_hub import hf_hub_download
-
-        print(f"Downloading {url}", flush=True)
-        place = {"repo_type": "dataset", "endpoint": hub, "local_dir": root / "svhn"}
-        return _read_svhn(part, [Path(hf_hub_download(mirror, parquet, **place))])
-
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    sources: dict = {f"{host}/{mat}": from_official for host in SVHN_HOSTS}
-    sources[f"{hub}/datasets/{mirror}/resolve/main/{parquet}"] = from_mirror
+    sources = {f"{SVHN_HOST}/{mat}": lambda url: _download(url, root / mat, FILES[mat])}
+    parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
+    sources |= from_hub("ufldl-stanford/svhn", parquet, root / "svhn", "dataset")
+    readers = {
+        url: lambda url, fetch=fetch: _read_svhn(part, [fetch(url)])
+        for url, fetch in sources.items()
+    }
     todo = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
-    return _first_to_deliver(f"SVHN ({part})", sources, todo, tried)
+    return first_to_deliver(f"SVHN ({part})", readers, todo, tried)
 
 
-def rendered_street_numbers() -> DigitData:
-    """The stand-in for SVHN: digits drawn with fonts. FileNotFoundError without offline/."""
-    module = offline_module("street_numbers")
-
-    def part(*size: int) -> Split:
-        make = module.render_street_numbers
-        return _cached("rendered", lambda: Split(*make(*size)), module.versions(), size)
-
-    train, test = (24_000, 5_000) if profile() == "full" else (512, 256)
-    return DigitData("rendered street numbers", part(train, 1), part(test, 2), real=False)
-
-
-def _small_digits() -> DigitData:
-    train, test = offline_module("small_digits").small_digits()
-    return DigitData("scikit-learn digits", Split(*train), Split(*test), real=False)
-
-
-def _load(name: str, read: Callable[[str], Split], stand_in: Callable[[], DigitData]) -> DigitData:
+def _load(name: str, read: Callable[[str], Split], stand_in: str) -> DigitData:
     """The data set as A3_DATA asks for it; the tiny profile takes slices of 512 and 256."""
     tiny = profile() == "tiny"
-    wanted = switch("A3_DATA", "embedded" if tiny else None)
+    wanted = switch("A3_DATA", "embedded" if tiny else "")
     try:
         if wanted == "embedded":
             raise DataError("A3_DATA=embedded asks for a stand-in.")
@@ -488,7 +447,7 @@ def _load(name: str, read: Callable[[str], Split], stand_in: Callable[[], DigitD
         if wanted == "real":
             raise
         try:
-            data = stand_in()
+            data = offline_module(stand_in).stand_in()
         except FileNotFoundError as error:
             where = "A stand-in is only in the whole project, in its folder offline/."
             raise DataError(f"{problem}\n{where}") from error
@@ -506,17 +465,12 @@ def _load(name: str, read: Callable[[str], Split], stand_in: Callable[[], DigitD
 
 def load_handwritten() -> DigitData:
     """MNIST, 1 x 28 x 28, or its stand-in, as A3_DATA says. Raises DataError."""
-    return _load("MNIST", _mnist, _small_digits)
+    return _load("MNIST", _mnist, "small_digits")
 
 
 def load_street() -> DigitData:
     """SVHN, 3 x 32 x 32, or its stand-in, as A3_DATA says. Raises DataError."""
-    return _load("SVHN", _svhn, rendered_street_numbers)
-
-
-# ======================================================================================
-# Batches and augmentation
-# ======================================================================================
+    return _load("SVHN", _svhn, "street_numbers")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -527,6 +481,9 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8; got {images.dtype}.")
     return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+# ---- Training: what stands around the notebook's optimization loop ----
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -542,18 +499,13 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-# ======================================================================================
-# Training: what stands around the notebook's optimization loop
-# ======================================================================================
-
-
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite. The last good epoch's checkpoint is kept."""
 
 
 @dataclass
 class History:
-    """What a run measured: one dict an epoch ('epoch', 'seconds', training means, evaluations)."""
+    """One dict an epoch: 'epoch', 'seconds', training means, evaluations."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
@@ -561,25 +513,10 @@ class History:
         """One quantity over the epochs."""
         return [row[name] for row in self.rows]
 
-    def of_task(self, name: str) -> History:
-        """The figures of one task of a multi-task run: 'test_acc_street' becomes 'test_acc'."""
-        rows, end = [], f"_{name}"
-        for row in self.rows:
-            ours = {k.removesuffix(end): v for k, v in row.items() if k.endswith(end)}
-            if not ours:
-                raise ValueError(f"name must be a task of this run; got {name!r}.")
-            rows.append({"epoch": row["epoch"], "seconds": row["seconds"], **ours})
-        return History(rows)
-
     @property
     def last(self) -> dict[str, float]:
         """The figures of the final epoch: the ones to report, never the best of all epochs."""
         return self.rows[-1]
-
-    @property
-    def seconds(self) -> float:
-        """Time of all epochs, those of an interrupted run included."""
-        return sum(self.column("seconds"))
 
 
 @dataclass
@@ -595,14 +532,19 @@ class Training:
         """The forward pass's precision, by `precision_policy`."""
         return autocast(next(self.model.parameters()).device)
 
-    def state_dict(self) -> dict[str, dict]:
-        """The states of all parts."""
-        return {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
+    def checkpoint(self, history: History) -> bytes:
+        """The file of this state and history."""
+        states = {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
+        file = io.BytesIO()
+        torch.save({"training": states, "rows": history.rows}, file)
+        return file.getvalue()
 
-    def load_state_dict(self, states: dict[str, dict]) -> None:
-        """Put all parts back. Raises KeyError or RuntimeError when `states` is another run's."""
+    def restore(self, content: bytes) -> History:
+        """Put the state of a checkpoint back; its history. Raises for another training's."""
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         for name in self.__dataclass_fields__:
-            getattr(self, name).load_state_dict(states[name])
+            getattr(self, name).load_state_dict(state["training"][name])
+        return History(list(state["rows"]))
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -636,29 +578,27 @@ def fit(
 
     Checkpoints in `runs_folder` are named after `run` and a fingerprint of the arguments, the
     model's text and its first weights. `settings` must name all else that decides the numbers: the
-    recipe, the fingerprint of the data. A checkpoint from another device or precision is used, and
-    a line says so. Raises ValueError for bad arguments or a wrong number of batches, and
-    TrainingDiverged when the loss is not finite.
+    recipe, the fingerprint of the data. Raises ValueError for bad arguments, and TrainingDiverged
+    when the loss is not finite.
     """
-    if epochs < 1 or steps_per_epoch < 1:
-        raise ValueError(
-            f"epochs and steps_per_epoch must be at least 1; got {epochs}, {steps_per_epoch}."
-        )
-    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
-        raise ValueError(f"lr {lr} or weight_decay {weight_decay} is out of range.")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1; got {epochs}.")
     arguments = [epochs, steps_per_epoch, lr, schedule, weight_decay, seed, settings]
     key = fingerprint(arguments, repr(model), model.state_dict())
     path = runs_folder() / f"{run}-{key}.pt"
     training = _start(model, epochs * steps_per_epoch, lr, schedule, weight_decay)
     history = _resume(path, training, run)
     saved, waiting = time.monotonic(), b""
+
+    def save() -> None:
+        keep(path, lambda part: part.write_bytes(waiting))
+
     try:
         for epoch in range(len(history.rows), epochs):
             started = time.perf_counter()
             # Dropout draws from the global stream; seeding it here makes resuming exact.
             seed_everything(epoch_generator(seed, epoch).initial_seed() % 2**63)
-            counted = _exactly(batches(epoch), steps_per_epoch, f"epoch {epoch + 1} of {run}")
-            means = train_epoch(training, counted, loss_fn)
+            means = train_epoch(training, batches(epoch), loss_fn)
             if not math.isfinite(means["loss"]):
                 raise TrainingDiverged(
                     f"{run}: the loss became {means['loss']} in epoch {epoch + 1}. Use a smaller "
@@ -666,100 +606,55 @@ def fit(
                     "finished epochs are kept."
                 )
             row = {f"train_{name}": value for name, value in means.items()}
-            if evaluate:
-                row |= evaluate(model)
+            row |= evaluate(model) if evaluate else {}
             seconds = time.perf_counter() - started
             history.rows.append({"epoch": epoch + 1, "seconds": seconds, **row})
             shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
             _tell(f"{run}: epoch {epoch + 1}/{epochs}, {shown}")
-            waiting = _checkpoint(training, history)
+            waiting = training.checkpoint(history)
             # Short epochs share a file: on a mounted Drive every replaced one is kept as trash.
-            if epoch + 1 == epochs or time.monotonic() - saved > 10:
-                _write_checkpoint(path, waiting)
+            if time.monotonic() - saved > 10:
+                save()
                 saved, waiting = time.monotonic(), b""
     finally:
-        if waiting:  # an error or an interrupt: nothing of the finished epochs is lost
-            _write_checkpoint(path, waiting)
+        if waiting:  # the end, an error or an interrupt: no finished epoch is lost
+            save()
     model.eval()
     return history
 
 
 def _start(model: nn.Module, steps: int, lr: float, schedule: str, weight_decay: float) -> Training:
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("model has no parameter that requires a gradient; nothing to train.")
-    device = trained[0].device
+    device = next(model.parameters()).device
     # channels_last keeps a pixel's channels together: faster convolutions, same numbers.
     model.to(memory_format=torch.channels_last)
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused)
-    schedules = {
-        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps),
-    }
-    if schedule not in schedules:
-        raise ValueError(f"schedule must be 'constant' or 'onecycle'; got {schedule!r}.")
+    optimizer = torch.optim.AdamW(
+        trained, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+    make_schedule = {
+        "constant": partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
+        "onecycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=lr, total_steps=steps),
+    }[schedule]
     scaler = torch.amp.GradScaler("cuda", enabled=precision_policy(device) == torch.float16)
-    return Training(model, optimizer, schedules[schedule](), scaler)
-
-
-def _exactly(batches: Iterable, steps: int, what: str) -> Iterator:
-    count = 0
-    for count, batch in enumerate(batches, start=1):
-        if count > steps:
-            break
-        yield batch
-    if count != steps:
-        raise ValueError(f"{what} must have {steps} batches; it has {min(count, steps + 1)}.")
-
-
-def _made_on(model: nn.Module) -> str:
-    device = next(model.parameters()).device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{kind}, {precision_policy(device)}"
-
-
-def _checkpoint(training: Training, history: History) -> bytes:
-    state = {"training": training.state_dict(), "rows": history.rows}
-    file = io.BytesIO()
-    torch.save(state | {"made_on": _made_on(training.model)}, file)
-    return file.getvalue()
-
-
-def _write_checkpoint(path: Path, content: bytes) -> None:
-    try:
-        write_atomically(path, lambda target: target.write_bytes(content))
-    except OSError as error:
-        notice(f"The checkpoint {path.name} cannot be written ({error}); training goes on without.")
+    return Training(model, optimizer, make_schedule(optimizer), scaler)
 
 
 def _resume(path: Path, training: Training, run: str) -> History:
-    """Load the checkpoint; a damaged one is set aside and the training starts afresh."""
+    """Load the checkpoint; without a usable one the training starts afresh."""
     if not path.exists():
         return History()
-    # Loading may fail half way: keep what was there, so that 'afresh' means the same start.
-    first = _checkpoint(training, History())
+    first = training.checkpoint(History())  # loading may fail half way
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        training.load_state_dict(state["training"])
-        history, made_on = History(list(state["rows"])), state["made_on"]
+        history = training.restore(path.read_bytes())
     except Exception as error:
-        training.load_state_dict(torch.load(io.BytesIO(first), weights_only=True)["training"])
-        with contextlib.suppress(OSError):  # where it cannot be renamed it is written over
-            os.replace(path, path.with_suffix(".bad"))
-        notice(f"Checkpoint {path.name} cannot be used ({type(error).__name__}); it is now "
-               f"{path.with_suffix('.bad').name}, and the training starts again.")  # fmt: skip
-        return History()
+        notice(f"Checkpoint {path.name} cannot be used ({type(error).__name__}); the training "
+               "starts again and writes over it.")  # fmt: skip
+        return training.restore(first)
     _tell(f"{run}: resumed after epoch {len(history.rows)}")
-    if made_on != _made_on(training.model):
-        notice(f"{run}: its {len(history.rows)} epochs in {path.name} were trained on "
-               f"{made_on}; this is {_made_on(training.model)}.")  # fmt: skip
     return history
 
 
-# ======================================================================================
-# Independent trainings side by side, and their progress
-# ======================================================================================
+# ---- Independent trainings side by side, and their progress ----
 
 
 def progress_file() -> Path:
@@ -778,17 +673,13 @@ def _tell(line: str) -> None:
 
 def anything_resumed() -> bool:
     """Whether any training of this run came from a checkpoint."""
-    lines = progress_file().read_text(encoding="utf-8").splitlines()
-    return any(": resumed after epoch " in line for line in lines)
+    return ": resumed after epoch " in progress_file().read_text(encoding="utf-8")
 
 
 def jobs_at_once() -> int:
     """How many trainings run side by side: one on a GPU, else one a core that memory allows."""
     if default_device().type == "cuda":
         return 1
-    import joblib
-    import psutil
-
     return max(1, min(joblib.cpu_count(), int(psutil.virtual_memory().available / 1.5e9)))
 
 
@@ -809,10 +700,8 @@ def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -
     (joblib's loky sends them). Results come in the order of `tasks`, and are the same whatever
     the number of jobs. Raises RuntimeError that names the task that failed.
     """
-    from joblib.externals.loky import get_reusable_executor
-
     jobs = min(jobs or jobs_at_once(), len(tasks))
-    with _Display(list(tasks)), warnings.catch_warnings():
+    with _progress_shown(len(tasks)), warnings.catch_warnings():
         if jobs <= 1:
             return {name: _run_task(name, task) for name, task in tasks.items()}
         # loky replaces a worker whose memory has grown; that costs nothing and is no fault.
@@ -840,55 +729,42 @@ def _run_task(name: str, task: Callable[[], Any]) -> Any:
         _tell(f"{name}: done")
 
 
-class _Display:
+@contextlib.contextmanager
+def _progress_shown(count: int) -> Iterator[None]:
     """One output of the notebook, rewritten while trainings run: the last line of each."""
+    if not hasattr(get_ipython(), "kernel"):
+        yield
+        return
+    stop, start = threading.Event(), progress_file().stat().st_size
+    handle = display({"text/plain": "training ..."}, raw=True, display_id=True)
 
-    def __init__(self, names: list[str]) -> None:
-        from IPython import get_ipython
+    def follow() -> None:
+        while not stop.wait(1.0):
+            lines = progress_file().read_bytes()[start:].decode("utf-8", "replace").splitlines()
+            last = {line.split(":")[0]: line for line in lines if not line.endswith(": done")}
+            done = sum(line.endswith(": done") for line in lines)
+            text = "\n".join([f"{done} of {count} done", *list(last.values())[-4:]])
+            handle.update({"text/plain": text}, raw=True)
 
-        self.names, self.stop, self.start = names, threading.Event(), progress_file().stat().st_size
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.handle = None
-        if hasattr(get_ipython(), "kernel"):
-            from IPython.display import display
-
-            self.handle = display({"text/plain": "training ..."}, raw=True, display_id=True)
-
-    def __enter__(self) -> None:
-        if self.handle:
-            self.thread.start()
-
-    def _follow(self) -> None:
-        while not self.stop.wait(1.0):
-            with contextlib.suppress(OSError), progress_file().open("rb") as file:
-                file.seek(self.start)
-                lines = file.read().decode("utf-8", "replace").splitlines()
-                last = {line.split(":")[0]: line for line in lines if ": done" not in line}
-                done = sum(line.endswith(": done") for line in lines)
-                text = [f"{done} of {len(self.names)} done", *list(last.values())[-4:]]
-                self.handle.update({"text/plain": "\n".join(text)}, raw=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.handle:
-            self.stop.set()
-            self.thread.join()
-            self.handle.update({"text/plain": ""}, raw=True)
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        handle.update({"text/plain": ""}, raw=True)
 
 
-# ======================================================================================
-# Evaluation
-# ======================================================================================
+# ---- Evaluation, figures, tables and text ----
 
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], split: Split, batch_size: int = 512) -> Tensor:
     """Outputs of `model` for every image of `split`, in order, float32 on the CPU.
 
-    A module is put into eval mode for the time of the call and back as it was after. Raises
-    ValueError for a batch_size below 1.
+    A module is in eval mode for the time of the call, and then as it was.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     module = model if isinstance(model, nn.Module) else nn.Module()
     training = module.training
     device = next((p.device for p in module.parameters()), default_device())
@@ -901,10 +777,6 @@ def predict(model: Callable[[Tensor], Tensor], split: Split, batch_size: int = 5
     module.train(training)
     return torch.cat(outputs).cpu()
 
-
-# ======================================================================================
-# Figures, tables and text
-# ======================================================================================
 
 _figures = 0
 
@@ -920,34 +792,28 @@ def start_figures() -> None:
 
 
 def save_figure(figure: plt.Figure, name: str, caption: str, photo: bool = False) -> None:
-    """Number, save (in `figures_folder`) and show a figure with its caption, then close it.
+    """Number, save (in the runs folder's figures/) and show a figure, then close it.
 
     Plots are SVG; `photo` makes a PNG of 220 dpi, for images. The caption is its alternative text.
     """
     global _figures
     _figures += 1
     text, kind = f"Figure {_figures}. {caption}", "png" if photo else "svg"
-    data = io.BytesIO()
-    info = {"Software": None} if photo else {"Date": None}
-    figure.savefig(data, format=kind, dpi=220, bbox_inches="tight", metadata=info)
-    try:
-        path = figures_folder() / f"{name}.{kind}"
-        write_atomically(path, lambda target: target.write_bytes(data.getvalue()))
-    except OSError as error:
-        notice(f"The figure {name} is shown but not saved ({error}).")
-    mime = "image/png" if photo else "image/svg+xml"
-    content = data.getvalue() if photo else data.getvalue().decode()
-    width = {"image/png": {"width": round(96 * figure.get_figwidth())}} if photo else {}
-    _show({mime: content, "text/plain": text}, {"caption": text, **width})
+    file, info = io.BytesIO(), {"Software": None} if photo else {"Date": None}
+    figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=info)
+    data, about = file.getvalue(), {"caption": text}
+    keep(runs_folder() / "figures" / f"{name}.{kind}", lambda part: part.write_bytes(data))
+    if photo:
+        about["image/png"] = {"width": round(96 * figure.get_figwidth())}
+        bundle = {"image/png": base64.b64encode(data).decode()}
+    else:
+        bundle = {"image/svg+xml": data.decode()}
+    _show(bundle | {"text/plain": text}, about)
     _show({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
     plt.close(figure)
 
 
-def _show(bundle: dict[str, object], metadata: dict[str, object] | None = None) -> None:
-    from IPython.display import display
-
-    if isinstance(bundle.get("image/png"), bytes):
-        bundle = bundle | {"image/png": base64.b64encode(bundle["image/png"]).decode()}
+def _show(bundle: dict[str, str], metadata: dict | None = None) -> None:
     display(bundle, raw=True, metadata=metadata or {})
 
 
@@ -967,20 +833,11 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def write_results(results: dict) -> None:
     """Write results.json beside the figures. Raises ValueError when a number is not finite."""
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    path = figures_folder() / "results.json"
-    try:
-        write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        notice(f"results.json cannot be written ({error}); the numbers are in the notebook.")
+    path = runs_folder() / "figures" / "results.json"
+    keep(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-# ======================================================================================
-# BigGAN-deep, the generator of Question 3
-# ======================================================================================
-
-BIGGAN_256 = (
-    "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
-)
+# ---- Generators of Question 3 ----
 
 
 @dataclass(frozen=True)
@@ -1009,65 +866,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     return model.eval()
 
 
-def imagenet_classes() -> list[str]:
-    """The 1,000 ImageNet class names in index order, without a network."""
-    return list(importlib.import_module("torchvision.models._meta")._IMAGENET_CATEGORIES)
-
-
-def load_biggan_deep(name: str, device: torch.device) -> Generator:
-    """DeepMind's 'biggan-deep-256' or '-128' on ImageNet (Brock et al. 2019), about 0.2 GB.
-
-    Raises ValueError for another name, ImportError without pytorch-pretrained-biggan, DataError or
-    an error of huggingface_hub without the file, RuntimeError for a file that does not fit.
-    """
-    if name not in ("biggan-deep-256", "biggan-deep-128"):
-        raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
-    from pytorch_pretrained_biggan import BigGAN, BigGANConfig
-
-    config = BigGANConfig()  # that of the 128 model
-    if name == "biggan-deep-256":
-        config.output_dim = 256
-        config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
-        path = runs_folder() / f"{name}.bin"
-        path = download_weights([BIGGAN_256], path, "5900ef4065047e3a", size=234_411_737)
-    else:  # the hub's client checks what it downloads
-        hub = importlib.import_module("huggingface_hub")
-        path = hub.hf_hub_download("osanseviero/BigGAN-deep-128", "pytorch_model.bin")
-    side = config.output_dim
-    # Key for key; the library's from_pretrained accepts any file.
-    model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
-    title = f"BigGAN-deep {side} x {side} (ImageNet, DeepMind's weights)"
-    return Generator(model, name, title, imagenet_classes(), config.z_dim, side)
-
-
-def find_biggan(wanted: str, device: torch.device) -> Generator | None:
-    """The generator of that name; or with 'auto' the best one, or None with a notice.
-
-    'auto': BigGAN-deep (not asked for in tiny and embedded runs), then 'digits' of offline/.
-    """
-    deep = profile() == "full" and switch("A3_DATA") != "embedded"
-    auto = ["biggan-deep-256", "biggan-deep-128", "digits"][0 if deep else 2 :]
-    reasons = []
-    for name in auto if wanted == "auto" else [wanted]:
-        try:
-            if name == "digits":
-                found = offline_module("digit_biggan").load_digit_biggan(device)
-                if reasons:
-                    notice("BigGAN-deep could not be loaded.\n" + "\n".join(reasons))
-                return found
-            return load_biggan_deep(name, device)
-        except Exception as error:  # no failure of an optional part stops the notebook
-            if wanted != "auto":
-                raise
-            reasons.append(f"{name}: {type(error).__name__}, {str(error).splitlines()[0]}")
-    notice("Question 3 has no generator: it needs pytorch-pretrained-biggan, and a network or the "
-           "folder offline/.\n" + "\n".join(reasons))  # fmt: skip
-    return None
-
-
-# ======================================================================================
-# PDF: nbconvert reads Markdown as Jupyter does, pandoc turns its HTML into typst, typst sets it
-# ======================================================================================
+# ---- PDF: nbconvert reads Markdown, pandoc turns its HTML into typst, typst sets it ----
 
 _WHO = {"NAME": "Name", "STUDENT_NUMBER": "Student number", "DISCUSSED_WITH": "Discussed with"}
 _FONTS = '#set text(10pt, font: ("Libertinus Serif", "New Computer Modern", "DejaVu Sans Mono"))\n'

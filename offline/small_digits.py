@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+
+import utils
 
 
-def small_digits() -> list[tuple[Tensor, Tensor]]:
-    """Training (1,437) and test (360): uint8 images N x 1 x 28 x 28 and int64 labels 0 to 9.
+def stand_in() -> utils.DigitData:
+    """1,437 training and 360 test images, 1 x 28 x 28.
 
     The 8 x 8 digits fill their frame; they are resized to 20 x 20, which MNIST's fill of 28 x 28.
     """
@@ -19,4 +20,5 @@ def small_digits() -> list[tuple[Tensor, Tensor]]:
     digits = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
     images = F.pad((digits / 16 * 255).round().clamp(0, 255).to(torch.uint8), (4, 4, 4, 4))
     parts = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
-    return [(images[part], torch.from_numpy(labels).long()[part]) for part in parts]
+    train, test = (utils.Split(images, torch.from_numpy(labels).long()).take(p) for p in parts)
+    return utils.DigitData("scikit-learn digits", train, test, real=False)

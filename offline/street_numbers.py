@@ -4,7 +4,7 @@ The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
 stroke weight, outlines and shadows are one addition each, and a whole batch of crops is composed
 at once: geometry -> plate -> digits -> light -> camera. A classifier trained on these alone reads
-91 % of real SVHN. `render_street_numbers` is the way in.
+91 % of real SVHN. `stand_in` and `render_street_numbers` are the ways in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import utils
 
 # A face is a font file of matplotlib's mpl-data/fonts/ttf and its glyphs for 0..9, a bare "1" (I)
 # and a flat-topped "3" (the letter ezh, where the font has one).
@@ -408,3 +410,15 @@ def versions() -> list[str]:
 
     code = Path(__file__).read_text(encoding="utf-8")
     return [code, matplotlib.__version__, PIL.__version__, torch.__version__]
+
+
+def stand_in() -> utils.DigitData:
+    """24,000 training and 5,000 test images, or 512 and 256 in the tiny profile; then cached."""
+
+    def part(*size: int) -> utils.Split:
+        return utils.load_cached(
+            "rendered", lambda: utils.Split(*render_street_numbers(*size)), versions(), size
+        )
+
+    train, test = (24_000, 5_000) if utils.profile() == "full" else (512, 256)
+    return utils.DigitData("rendered street numbers", part(train, 1), part(test, 2), real=False)

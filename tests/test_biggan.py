@@ -88,7 +88,8 @@ def test_noise_is_truncated_and_seeded(nb):
 
 
 def test_class_names(nb):
-    names = utils.imagenet_classes()
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as names
+
     assert len(names) == 1000 and nb.class_vector("volcano", names).argmax() == 980
     assert {"volcano", "daisy", "peacock", "balloon", "jellyfish"} <= set(names)
     with pytest.raises(ValueError, match="volcano"):
@@ -133,18 +134,18 @@ def served(monkeypatch, path) -> dict:
         return published(config)
 
     monkeypatch.setattr(biggan, "BigGAN", narrow)
-    monkeypatch.setattr(utils, "download_weights", lambda urls, path_, sha, size: path)
+    monkeypatch.setattr(utils, "download_weights", lambda urls, path_, sha: path)
     return seen
 
 
-def test_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch, tmp_path):
+def test_deep_256_has_the_published_layers_and_loads_strictly(nb, monkeypatch, tmp_path):
     path = tmp_path / "deep.bin"
     seen = served(monkeypatch, path)
     config = biggan.BigGANConfig(output_dim=256)
     config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
     state = biggan.BigGAN(config).state_dict()
     torch.save(state, path)
-    gan = utils.load_biggan_deep("biggan-deep-256", CPU)
+    gan = nb.load_biggan_deep("biggan-deep-256")
     assert (gan.size, gan.z_dim, len(gan.classes)) == (256, 128, 1000)
     assert not gan.model.training
     layers = seen["layers"]
@@ -153,43 +154,54 @@ def test_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch, tmp_p
     state["extra"] = state.pop("embeddings.weight")
     torch.save(state, path)
     with pytest.raises(RuntimeError, match=r"embeddings.weight(.|\n)*extra"):
-        utils.load_biggan_deep("biggan-deep-256", CPU)
+        nb.load_biggan_deep("biggan-deep-256")
 
 
-def test_the_best_generator_that_can_be_had(monkeypatch, gan, capsys):
-    def refuse(name, device):
-        raise utils.DataError(f"no network for {name}")
+@pytest.fixture
+def finding(nb, monkeypatch, gan):
+    """find_biggan of a full run, where offline/ gives `gan` and the network nothing."""
+    names = nb.find_biggan.__globals__
 
-    monkeypatch.setattr(utils, "load_biggan_deep", refuse)
-    monkeypatch.setattr(utils, "offline_module", lambda name: type("M", (), {
-        "load_digit_biggan": staticmethod(lambda device: gan)}))  # fmt: skip
-    assert utils.find_biggan("auto", CPU) is gan
+    def refuse(name):
+        raise utils.DataError(f"{name} is not available here. Tried:\n- nowhere")
+
+    monkeypatch.setitem(names, "FULL", True)
+    monkeypatch.setitem(names, "load_biggan_deep", refuse)
+    module = type("M", (), {"load_digit_biggan": staticmethod(lambda device: gan)})
+    monkeypatch.setattr(utils, "offline_module", lambda name: module)
+    return names
+
+
+def test_the_best_generator_that_can_be_had(nb, finding, monkeypatch, gan):
+    found, why_not = nb.find_biggan("auto")
+    assert found is gan and "256 is not available here.; biggan-deep-128: " in why_not
     with pytest.raises(utils.DataError):  # one asked for by name is never replaced
-        utils.find_biggan("biggan-deep-128", CPU)
-
-    def missing(name):
-        raise FileNotFoundError(2, "no folder", name)
-
-    monkeypatch.setattr(utils, "offline_module", missing)
-    assert utils.find_biggan("auto", CPU) is None
-    out = capsys.readouterr().out
-    assert out.count("NOTE") == 2  # the fall-back of the first call, and nothing at all
-    assert "could not be loaded" in out and "128: DataError, no network" in out and "digits" in out
+        nb.find_biggan("biggan-deep-128")
+    monkeypatch.undo()
+    monkeypatch.setattr(utils, "OFFLINE", utils.Path("nowhere"))
+    found, why_not = nb.find_biggan("auto")
+    assert found is None and "offline/" in why_not
 
 
-def test_tiny_and_embedded_runs_ask_no_network(monkeypatch, gan):
-    monkeypatch.setattr(utils, "load_biggan_deep", lambda *_: pytest.fail("asked the network"))
-    monkeypatch.setattr(utils, "offline_module", lambda name: type("M", (), {
-        "load_digit_biggan": staticmethod(lambda device: gan)}))  # fmt: skip
-    for name, value in (("A3_PROFILE", "tiny"), ("A3_DATA", "embedded")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert utils.find_biggan("auto", CPU) is gan
+def test_tiny_and_embedded_runs_ask_no_network(nb, finding, monkeypatch, gan):
+    monkeypatch.setitem(finding, "load_biggan_deep", lambda _: pytest.fail("asked the network"))
+    with monkeypatch.context() as patch:
+        patch.setenv("A3_DATA", "embedded")
+        assert nb.find_biggan("auto")[0] is gan
+    monkeypatch.setitem(finding, "FULL", False)
+    found, why_not = nb.find_biggan("auto")
+    assert found is gan and "tiny" in why_not
 
 
-def test_unknown_names_list_the_valid_ones():
+def test_the_128_model_comes_from_the_hub_and_is_told_when_it_does_not(nb, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(utils.DataError, match="127.0.0.1:9/osanseviero/BigGAN-deep-128/resolve"):
+        nb.load_biggan_deep("biggan-deep-128")
+
+
+def test_unknown_names_list_the_valid_ones(nb):
     with pytest.raises(ValueError, match="biggan-deep-128"):
-        utils.find_biggan("biggan-512", CPU)
+        nb.find_biggan("biggan-512")
 
 
 # ---- the committed digit model ----

@@ -55,18 +55,26 @@ def small_svhn(monkeypatch):
     """A pretended SVHN of 40 and 20 images; no address answers, and `real` is asked for."""
     monkeypatch.setattr(utils, "SIZES", {**utils.SIZES, "SVHN": (40, 20)})
     monkeypatch.setattr(utils, "SVHN_COUNTS", [4] * 10)
-    monkeypatch.setattr(utils, "SVHN_HOSTS", ["http://127.0.0.1:9"])
+    monkeypatch.setattr(utils, "SVHN_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(utils, "MNIST_HOSTS", ["http://127.0.0.1:9"])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("A3_DATA", "real")
     return toy_split(40, 3, 32), toy_split(20, 3, 32, seed=1)
 
 
+def drawing(monkeypatch, train, test):
+    """Let drawn digits be the stand-in for SVHN."""
+    drawn = utils.DigitData("drawn digits", train, test, real=False)
+    module = utils.offline_module("street_numbers")
+    monkeypatch.setattr(module, "stand_in", lambda: drawn)
+    return drawn
+
+
 def same(one, other):
     return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
-# ---- Split, DigitData, validation_split, fingerprint ----
+# ---- Split, DigitData, fingerprint ----
 
 
 @pytest.mark.parametrize(
@@ -142,20 +150,6 @@ def test_padding_keeps_the_image_in_the_middle():
         split.padded(20)
 
 
-def test_validation_split_is_disjoint_and_covers_all():
-    split = toy_split(100)
-    fit_on, held_out = utils.validation_split(split, 30)
-    assert (len(fit_on), len(held_out)) == (70, 30)
-    rows = sorted(
-        bytes(image.numpy().tobytes()) for part in (fit_on, held_out) for image in part.images
-    )
-    assert rows == sorted(bytes(image.numpy().tobytes()) for image in split.images)
-    assert not same(held_out, utils.validation_split(split, 30, seed=1)[1])
-    for bad in (0, 100, -1):
-        with pytest.raises(ValueError, match="count"):
-            utils.validation_split(split, bad)
-
-
 def test_fingerprint_sees_every_part():
     split = toy_split()
     changed = utils.Split(split.images.clone(), split.labels)
@@ -216,7 +210,7 @@ def test_all_of_real_svhn(shared, monkeypatch):
     # The first 601 official crops are here in the official format; ours were cut again.
     path = shared / "SVHN_subset" / "train_first601.mat"
     monkeypatch.setitem(utils.FILES, path.name, utils._sha256(path))
-    official = utils._from_mat([path])
+    official = utils._from_mat(path)
     ours = data.train.first(601)
     assert torch.equal(official.labels, ours.labels)
     assert (official.images.int() - ours.images.int()).abs().max() <= 4
@@ -330,8 +324,7 @@ def test_a_malformed_file_is_named_and_never_used(kind, small_svhn, monkeypatch,
         utils.load_street()
     assert str(path.parent) in str(caught.value) and "Connection refused" in str(caught.value)
     monkeypatch.setenv("A3_DATA", "auto")
-    stand_in = utils.DigitData("drawn digits", *small_svhn, real=False)
-    monkeypatch.setattr(utils, "rendered_street_numbers", lambda: stand_in)
+    drawing(monkeypatch, *small_svhn)
     data = utils.load_street()
     told = capsys.readouterr().out
     assert not data.real and data.name in told and "train-" in told
@@ -377,7 +370,7 @@ def test_a_run_goes_on_without_a_cache(cached, monkeypatch, capsys, tmp_path):
     for runs in ("file", "file/below", "loop"):
         monkeypatch.setenv("A3_RUNS", str(tmp_path / runs))
         assert same(utils.load_street().train, cached[1])
-        assert "No cache" in capsys.readouterr().out
+        assert "cannot be written" in capsys.readouterr().out
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -463,8 +456,7 @@ def test_sklearn_digits_are_split_without_overlap(monkeypatch):
 
 def test_tiny_profile_asks_no_network(monkeypatch):
     monkeypatch.setenv("A3_PROFILE", "tiny")
-    drawn = utils.DigitData("drawn digits", toy_split(600, 3, 32), toy_split(300, 3, 32), False)
-    monkeypatch.setattr(utils, "rendered_street_numbers", lambda: drawn)
+    drawing(monkeypatch, toy_split(600, 3, 32), toy_split(300, 3, 32))
     for reader in ("_mnist", "_svhn"):
         monkeypatch.setattr(utils, reader, lambda part: pytest.fail("real data asked for"))
     for data in (utils.load_handwritten(), utils.load_street()):
@@ -481,4 +473,4 @@ def test_a_lone_notebook_without_network_or_files_says_what_to_do(wanted, small_
             load()
         assert wanted == "embedded" or "What to do: run again with a network" in str(caught.value)
     with pytest.raises(FileNotFoundError):
-        utils.rendered_street_numbers()
+        utils.offline_module("street_numbers")

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from test_data import as_mat, as_parquet, same, small_mnist, small_svhn  # noqa: F401
+from test_data import as_mat, as_parquet, drawing, same, small_mnist, small_svhn  # noqa: F401
 
 import utils
 
@@ -152,12 +152,11 @@ def test_a_file_is_fetched_checked_and_kept(tmp_path, server, capfd):
     assert f"{server.url}/g" in told.out and "100%" in told.out and told.err == ""
 
 
-@pytest.mark.parametrize("fault", ["cut", "cut at once", "stalled", "wrong"])
+@pytest.mark.parametrize("fault", ["cut", "cut at once", "wrong"])
 def test_a_cut_connection_is_tried_again(fault, tmp_path, server):
     bad = {
         "cut": sends(BODY[:500_000], announced=len(BODY)),
         "cut at once": lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),
-        "stalled": stalls(BODY, 1.5),
         "wrong": sends(BODY[:-1] + b"!"),
     }[fault]
     server.routes["/g"] = Once(bad, sends(BODY))
@@ -256,18 +255,18 @@ def test_a_name_server_that_says_nothing(tmp_path, monkeypatch):
     assert time.monotonic() - start < 2
 
 
-def test_a_silent_network_costs_patience_once_for_each_set(
+def test_a_silent_network_costs_patience_once_for_each_address(
     small_svhn, silent, tmp_path, monkeypatch
 ):
-    for hosts in ("MNIST_HOSTS", "SVHN_HOSTS"):
-        monkeypatch.setattr(utils, hosts, [f"{silent}/a", f"{silent}/b"])
+    monkeypatch.setattr(utils, "MNIST_HOSTS", [f"{silent}/a", f"{silent}/b"])
+    monkeypatch.setattr(utils, "SVHN_HOST", f"{silent}/c")
     monkeypatch.setenv("HF_ENDPOINT", f"{silent}/hub")
     start = time.monotonic()
     weights = functools.partial(utils.download_weights, [f"{silent}/g"], tmp_path / "g.pth", SHA)
     for get in (utils.load_handwritten, utils.load_street, weights, weights):
         with pytest.raises(utils.DataError, match="silent for"):
             get()
-    assert time.monotonic() - start < 4 * utils.PATIENCE + 2  # 10 s each: 40 s in all
+    assert time.monotonic() - start < 6 * utils.PATIENCE + 1  # 10 s each: a minute in all
 
 
 # ---- MNIST and SVHN over the network ----
@@ -297,7 +296,7 @@ def official(small_svhn, server, monkeypatch, tmp_path):
         content = as_parquet(tmp_path / "server" / f"{part}.parquet", split).read_bytes()
         path = f"/hub/datasets/ufldl-stanford/svhn/resolve/main/cropped_digits/{part}"
         server.routes[f"{path}-00000-of-00001.parquet"] = content
-    monkeypatch.setattr(utils, "SVHN_HOSTS", ["http://127.0.0.1:9", f"{server.url}/official"])
+    monkeypatch.setattr(utils, "SVHN_HOST", f"{server.url}/official")
     monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub")
     return small_svhn
 
@@ -344,12 +343,11 @@ def test_svhn_from_nowhere(official, server, monkeypatch, capsys):
     message = str(caught.value)
     for tried in (
         "train_32x32.mat: FileNotFoundError", "svhn/train-*.parquet", "/official/train",
-        "HTTP Error 404", "127.0.0.1:9/train", "/hub/datasets/ufldl-stanford/svhn",
+        "HTTP Error 404", "/hub/datasets/ufldl-stanford/svhn",
     ):  # fmt: skip
         assert tried in message
     assert f"put train_32x32.mat and test_32x32.mat into {utils.data_root()}" in message
-    stand_in = utils.DigitData("drawn digits", *official, real=False)
-    monkeypatch.setattr(utils, "rendered_street_numbers", lambda: stand_in)
+    stand_in = drawing(monkeypatch, *official)
     monkeypatch.setenv("A3_DATA", "auto")
     capsys.readouterr()
     assert utils.load_street() == stand_in

@@ -264,7 +264,7 @@ def test_weights_that_read_badly_are_not_used_and_g_is_trained(nb, tmp_path, mon
     model, origin = nb.pretrained_classifier(_street(True), images=64)
     printed = capsys.readouterr().out
     assert "trained in this notebook" in origin and not model.training
-    assert "no network" in printed and "of 1,000 training images" in printed
+    assert "no network" in printed and "on 1,000 training images" in printed
 
 
 def test_stand_in_data_do_not_ask_the_network(nb, tmp_path, monkeypatch, capsys):
@@ -280,5 +280,5 @@ def test_committed_weights_read_street_numbers(nb, monkeypatch):
         pytest.skip("no weights of g here: the notebook trains it")
     assert (utils.OFFLINE / "street_classifier.pt").stat().st_size < 2_000_000
     monkeypatch.setenv("A3_PROFILE", "tiny")
-    rendered = utils.rendered_street_numbers().test
+    rendered = utils.offline_module("street_numbers").stand_in().test
     assert nb.test_accuracy(nb.our_classifier(), rendered) >= nb.LEAST_G

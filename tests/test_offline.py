@@ -47,7 +47,7 @@ def test_street_classifier_fits_the_notebook_and_reads_rendered_numbers(nb, monk
     model = nb.StreetClassifier()
     utils.load_weights(model, utils.OFFLINE / "street_classifier.pt")
     monkeypatch.setenv("A3_PROFILE", "tiny")
-    rendered = utils.rendered_street_numbers().test
+    rendered = utils.offline_module("street_numbers").stand_in().test
     assert nb.accuracy(utils.predict(model, rendered), rendered.labels) >= 90
     assert len(rendered) >= 200
 

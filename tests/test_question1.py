@@ -489,7 +489,7 @@ def test_a_multi_task_training_learns_both_and_watches_both(nb):
     )  # fmt: skip
     for number, role in enumerate(("handwritten", "street")):
         accuracy = nb.test_accuracy(model.task(number), test[number])
-        assert history.of_task(role).last["test_acc"] == accuracy > 90
+        assert nb.of_task(history, role).last["test_acc"] == accuracy > 90
         assert nb.test_accuracy(model.task(1 - number), test[number]) < 60
 
 
@@ -682,4 +682,4 @@ def test_comparing_twice_gives_the_same_numbers(nb, monkeypatch, tmp_path):
     first, history = call()
     monkeypatch.setenv("A3_RUNS", str(tmp_path / "again"))
     torch.manual_seed(77)
-    assert call()[0] == first and len(history.of_task("street").column("test_acc")) == 2
+    assert call()[0] == first and len(nb.of_task(history, "street").column("test_acc")) == 2
