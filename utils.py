@@ -32,7 +32,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -70,11 +70,6 @@ def switch(name: str, default: str = "") -> str:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; use one of: {', '.join(choices)}.")
     return value
-
-
-def profile() -> str:
-    """'full' (the assignment's settings) or 'tiny' (a smoke run on small slices)."""
-    return switch("A3_PROFILE")
 
 
 def data_root() -> Path:
@@ -288,6 +283,7 @@ def first_to_deliver(
                 answer = pool.submit(urllib.request.urlopen, request, timeout=2 * PATIENCE)
                 if type(error := answer.exception(PATIENCE)) is urllib.error.URLError:
                     raise error
+                print(f"Downloading {url}", flush=True)
                 socket.setdefaulttimeout(PATIENCE)  # the libraries set none
                 with contextlib.redirect_stderr(sys.stdout):  # progress bars
                     return fetch(url)
@@ -303,7 +299,6 @@ def first_to_deliver(
 
 def _download(url: str, path: Path, sha256: str) -> Path:
     if not _sha256(path).startswith(sha256):
-        print(f"Downloading {url}", flush=True)
         get = torch.hub.download_url_to_file
         write_atomically(path, lambda part: get(url, str(part), hash_prefix=sha256))
     return path
@@ -322,22 +317,17 @@ def download_weights(urls: Sequence[str], path: str | Path, sha256_prefix: str) 
     return first_to_deliver(path.name, sources, todo)
 
 
-def from_hub(
-    repository: str, file: str, folder: Path, kind: str = "model"
-) -> dict[str, Callable[[str], Path]]:
-    """{url: fetch} of a file of the Hugging Face hub, whose client resumes and checks."""
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+def from_hub(repository: str, file: str, folder: Path, **kind: str) -> dict[str, Callable]:
+    """{url: fetch} of a file of the Hugging Face hub, whose client resumes and checks.
 
-    def fetch(url: str) -> Path:
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
-        from huggingface_hub import hf_hub_download
+    kind: repo_type="dataset" for a data set.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
+    from huggingface_hub import hf_hub_download, hf_hub_url
 
-        print(f"Downloading {url}", flush=True)
-        place = {"repo_type": kind, "endpoint": hub, "local_dir": folder}
-        return Path(hf_hub_download(repository, file, **place))
-
-    path = f"{'datasets/' if kind == 'dataset' else ''}{repository}"
-    return {f"{hub}/{path}/resolve/main/{file}": fetch}
+    place = {"endpoint": os.environ.get("HF_ENDPOINT") or "https://huggingface.co", **kind}
+    fetch = partial(hf_hub_download, repository, file, local_dir=folder, **place)
+    return {hf_hub_url(repository, file, **place): lambda url: Path(fetch())}
 
 
 def load_cached(name: str, make: Callable[[], Split], *key: object) -> Split:
@@ -371,9 +361,7 @@ def _from_mat(file: Path) -> Split:
     if not _sha256(file).startswith(FILES[file.name]):
         raise DataError("this is not the official file; its checksum differs")
     stored = loadmat(file)
-    images = stored["X"].T  # N x 3 x W x H
-    for some in np.array_split(images, 99):  # in place, which saves the memory of a copy
-        some[:] = some.swapaxes(2, 3).copy()
+    images = np.ascontiguousarray(stored["X"].transpose(3, 2, 0, 1))
     labels = stored["y"].ravel().astype(np.int64) % 10  # the file's 10 is the digit 0
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
@@ -426,18 +414,14 @@ def _svhn(part: str) -> Split:
             tried.append(_words(root / pattern, error))
     sources = {f"{SVHN_HOST}/{mat}": lambda url: _download(url, root / mat, FILES[mat])}
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
-    sources |= from_hub("ufldl-stanford/svhn", parquet, root / "svhn", "dataset")
-    readers = {
-        url: lambda url, fetch=fetch: _read_svhn(part, [fetch(url)])
-        for url, fetch in sources.items()
-    }
+    sources |= from_hub("ufldl-stanford/svhn", parquet, root / "svhn", repo_type="dataset")
     todo = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
-    return first_to_deliver(f"SVHN ({part})", readers, todo, tried)
+    return _read_svhn(part, [first_to_deliver(f"SVHN ({part})", sources, todo, tried)])
 
 
 def _load(name: str, read: Callable[[str], Split], stand_in: str) -> DigitData:
     """The data set as A3_DATA asks for it; the tiny profile takes slices of 512 and 256."""
-    tiny = profile() == "tiny"
+    tiny = switch("A3_PROFILE") == "tiny"
     wanted = switch("A3_DATA", "embedded" if tiny else "")
     try:
         if wanted == "embedded":
@@ -449,8 +433,7 @@ def _load(name: str, read: Callable[[str], Split], stand_in: str) -> DigitData:
         try:
             data = offline_module(stand_in).stand_in()
         except FileNotFoundError as error:
-            where = "A stand-in is only in the whole project, in its folder offline/."
-            raise DataError(f"{problem}\n{where}") from error
+            raise DataError(f"{problem}\nThere is no stand-in: {error}") from error
         if wanted == "auto":
             notice(f"{data.name} in place of {name}.\n{problem}")
     if tiny:
@@ -503,20 +486,8 @@ class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite. The last good epoch's checkpoint is kept."""
 
 
-@dataclass
-class History:
-    """One dict an epoch: 'epoch', 'seconds', training means, evaluations."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def column(self, name: str) -> list[float]:
-        """One quantity over the epochs."""
-        return [row[name] for row in self.rows]
-
-    @property
-    def last(self) -> dict[str, float]:
-        """The figures of the final epoch: the ones to report, never the best of all epochs."""
-        return self.rows[-1]
+# One dict an epoch: 'epoch', 'seconds', training means, evaluations. The last is the one to report.
+History = list[dict[str, float]]
 
 
 @dataclass
@@ -528,15 +499,11 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The forward pass's precision, by `precision_policy`."""
-        return autocast(next(self.model.parameters()).device)
-
     def checkpoint(self, history: History) -> bytes:
         """The file of this state and history."""
         states = {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
         file = io.BytesIO()
-        torch.save({"training": states, "rows": history.rows}, file)
+        torch.save({"training": states, "history": history}, file)
         return file.getvalue()
 
     def restore(self, content: bytes) -> History:
@@ -544,7 +511,7 @@ class Training:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         for name in self.__dataclass_fields__:
             getattr(self, name).load_state_dict(state["training"][name])
-        return History(list(state["rows"]))
+        return list(state["history"])
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -572,14 +539,13 @@ def fit(
 ) -> History:
     """Train `model` by the notebook's loop `train_epoch`, with AdamW; resume where it stopped.
 
-    batches(epoch) yields the batches of one epoch, always the same ones; evaluate(model) gives
+    batches(epoch) yields `steps_per_epoch` batches, always the same ones; evaluate(model) gives
     figures after each epoch. schedule: 'constant', or 'onecycle' (Smith and Topin 2018) with `lr`
     as its peak. weight_decay: decoupled (AdamW); 0 is plain Adam.
 
     Checkpoints in `runs_folder` are named after `run` and a fingerprint of the arguments, the
     model's text and its first weights. `settings` must name all else that decides the numbers: the
-    recipe, the fingerprint of the data. Raises ValueError for bad arguments, and TrainingDiverged
-    when the loss is not finite.
+    recipe, the fingerprint of the data. Raises TrainingDiverged when the loss is not finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1; got {epochs}.")
@@ -594,7 +560,7 @@ def fit(
         keep(path, lambda part: part.write_bytes(waiting))
 
     try:
-        for epoch in range(len(history.rows), epochs):
+        for epoch in range(len(history), epochs):
             started = time.perf_counter()
             # Dropout draws from the global stream; seeding it here makes resuming exact.
             seed_everything(epoch_generator(seed, epoch).initial_seed() % 2**63)
@@ -602,13 +568,13 @@ def fit(
             if not math.isfinite(means["loss"]):
                 raise TrainingDiverged(
                     f"{run}: the loss became {means['loss']} in epoch {epoch + 1}. Use a smaller "
-                    f"learning rate than {lr:g}, or A3_PRECISION=fp32. {len(history.rows)} "
+                    f"learning rate than {lr:g}, or A3_PRECISION=fp32. {len(history)} "
                     "finished epochs are kept."
                 )
             row = {f"train_{name}": value for name, value in means.items()}
             row |= evaluate(model) if evaluate else {}
             seconds = time.perf_counter() - started
-            history.rows.append({"epoch": epoch + 1, "seconds": seconds, **row})
+            history.append({"epoch": epoch + 1, "seconds": seconds, **row})
             shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
             _tell(f"{run}: epoch {epoch + 1}/{epochs}, {shown}")
             waiting = training.checkpoint(history)
@@ -642,15 +608,15 @@ def _start(model: nn.Module, steps: int, lr: float, schedule: str, weight_decay:
 def _resume(path: Path, training: Training, run: str) -> History:
     """Load the checkpoint; without a usable one the training starts afresh."""
     if not path.exists():
-        return History()
-    first = training.checkpoint(History())  # loading may fail half way
+        return []
+    first = training.checkpoint([])  # loading may fail half way
     try:
         history = training.restore(path.read_bytes())
     except Exception as error:
         notice(f"Checkpoint {path.name} cannot be used ({type(error).__name__}); the training "
                "starts again and writes over it.")  # fmt: skip
         return training.restore(first)
-    _tell(f"{run}: resumed after epoch {len(history.rows)}")
+    _tell(f"{run}: resumed after epoch {len(history)}")
     return history
 
 

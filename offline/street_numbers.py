@@ -420,5 +420,5 @@ def stand_in() -> utils.DigitData:
             "rendered", lambda: utils.Split(*render_street_numbers(*size)), versions(), size
         )
 
-    train, test = (24_000, 5_000) if utils.profile() == "full" else (512, 256)
+    train, test = (24_000, 5_000) if utils.switch("A3_PROFILE") == "full" else (512, 256)
     return utils.DigitData("rendered street numbers", part(train, 1), part(test, 2), real=False)

@@ -186,7 +186,7 @@ def test_embedding_step_and_evaluation_stay_on_the_device(nb, pretend, monkeypat
     )
     print(f"kernels a step: embedding {counts[-1][0]}, waits {counts[-1][1]}")
     assert model(utils.to_float(street.images).to(CUDA)).device.type == "cuda"
-    assert 0 <= history.last["val_top1"] <= 100
+    assert 0 <= history[-1]["val_top1"] <= 100
 
 
 def test_loaders_keep_the_split_on_the_device(nb, pretend):

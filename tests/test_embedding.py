@@ -203,9 +203,9 @@ def test_training_changes_theta_and_w_and_leaves_g(nb, fp32, name):
     first = nb.JointEmbedding(network, model.small, model.unit_sphere).state_dict()
     trained = {key for key, value in model.named_parameters() if not torch.equal(value, first[key])}
     assert trained == {key for key, _ in model.named_parameters() if not key.startswith("g.")}
-    assert all(0 <= row["train_active"] <= 100 for row in history.rows)
+    assert all(0 <= row["train_active"] <= 100 for row in history)
     if name == "augmentation":
-        assert history.last["train_loss"] < history.rows[0]["train_loss"]
+        assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
 # ---- where g comes from --------------------------------------------------------------

@@ -69,7 +69,7 @@ def same(one, two):
 
 
 def numbers(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
 def checkpoints():
@@ -86,7 +86,7 @@ def test_overfits_32_samples(nb):
         nb.train_epoch, model, partial(nb.one_epoch, loader, 1), loss_fn, epochs=60,
         steps_per_epoch=1, run="overfit", lr=1e-2, settings=None,
     )  # fmt: skip
-    assert history.last["train_loss"] < 0.1 < history.rows[0]["train_loss"]
+    assert history[-1]["train_loss"] < 0.1 < history[0]["train_loss"]
     assert not model.training
     assert nb.accuracy(utils.predict(model, split), split.labels) == 100
 
@@ -233,7 +233,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(
 
     history = train(nb, resumed, batches=batches, evaluate=evaluate, **options)
     assert trained_epochs == list(range(stop_epoch, 5))
-    assert numbers(history) == numbers(expected) and len(history.rows) == 5
+    assert numbers(history) == numbers(expected) and len(history) == 5
     assert same(weights(resumed), weights(whole))
     assert utils.anything_resumed() == (stop_epoch > 0)
 
@@ -243,7 +243,7 @@ def test_finished_run_is_not_trained_again(nb):
     expected = train(nb, first)
     again = small_model()
     history = train(nb, again, batches=lambda _: pytest.fail("trained again"))
-    assert history.rows == expected.rows and same(weights(first), weights(again))
+    assert history == expected and same(weights(first), weights(again))
 
 
 def trained_afresh(nb, **change):
@@ -360,7 +360,7 @@ def test_damaged_checkpoint_is_announced_and_training_starts_afresh(nb, damage, 
     elif damage == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
     elif damage == "no rows":
-        del state["rows"]
+        del state["history"]
         torch.save(state, path)
     else:  # fails half way: the model is loaded, the optimizer cannot be
         state["training"]["optimizer"] = {"nothing": 1}
@@ -369,7 +369,7 @@ def test_damaged_checkpoint_is_announced_and_training_starts_afresh(nb, damage, 
     history = train(nb, again)
     assert numbers(history) == numbers(expected) and same(weights(again), weights(first))
     assert "starts again" in capsys.readouterr().out
-    assert utils.History(torch.load(path, weights_only=True)["rows"]).last == history.last
+    assert torch.load(path, weights_only=True)["history"] == history
 
 
 # ---- it stops clearly ----
@@ -387,7 +387,7 @@ def test_loss_that_is_no_number_stops_and_keeps_the_finished_epochs(nb, value):
         train(nb, small_model(), batches=poisoned, evaluate=lambda _: {})
     (path,) = checkpoints()
     state = torch.load(path, weights_only=True)
-    assert len(state["rows"]) == 2
+    assert len(state["history"]) == 2
     assert all(value.isfinite().all() for value in state["training"]["model"].values())
 
 
@@ -416,7 +416,7 @@ def test_runs_folder_that_cannot_be_written_costs_the_checkpoint_not_the_run(
     else:
         monkeypatch.setenv("A3_RUNS", "/proc/self")  # there, and nobody can write into it
     history = train(nb, small_model())
-    assert len(history.rows) == 5 and "cannot be written" in capsys.readouterr().out
+    assert len(history) == 5 and "cannot be written" in capsys.readouterr().out
 
 
 def test_long_epochs_are_saved_one_by_one_and_short_ones_together(nb, monkeypatch):
@@ -508,7 +508,7 @@ def work(seed):
     split = conftest.noise_split(utils, 64, seed=seed)
     model, history = train_multi([split, split], [split, split], ["negatives", "negatives"],
         epochs=2, steps=3, run="side", batch_norm="per domain", seed=seed)
-    for row in history.rows:
+    for row in history:
         row["seconds"] = 0
     return model, history, Mine(), os.getpid()
 
@@ -530,13 +530,13 @@ if __name__ == "__main__":
         assert all(isinstance(r[0], TwoHeads) and isinstance(r[2], Mine) for r in made.values())
         workers = {{r[3] for r in made.values()}}
         assert workers == {{os.getpid()}} if jobs == 1 else os.getpid() not in workers
-        assert of_task(made["a", 1][1], "street").column("test_acc")
+        assert all("test_acc" in row for row in of_task(made["a", 1][1], "street"))
         results.append(made)
     for one, two in zip(results[0].values(), results[1].values()):
         states = one[0].state_dict(), two[0].state_dict()
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-        assert one[1].rows == two[1].rows and len(one[1].rows) == 2
-    assert results[0]["a", 0][1].rows != results[0]["a", 1][1].rows
+        assert one[1] == two[1] and len(one[1]) == 2
+    assert results[0]["a", 0][1] != results[0]["a", 1][1]
     log = utils.progress_file().read_text()
     assert log.count(": done") == 6 and log.count("side: epoch 2/2") == 6, log
     assert not utils.anything_resumed()
@@ -636,10 +636,10 @@ def test_history_of_one_task(nb):
         }
         for n in (1, 2)
     ]
-    history = utils.History(rows)
+    history = rows
     ours = nb.of_task(history, "street")
-    assert ours.last == {"epoch": 2, "test_acc": 92.0}
-    assert ours.column("test_acc") == [91.0, 92.0]
+    assert ours[-1] == {"epoch": 2, "test_acc": 92.0}
+    assert [row["test_acc"] for row in ours] == [91.0, 92.0]
 
 
 def test_predict_keeps_order_and_mode(nb):
@@ -690,12 +690,12 @@ def test_results_with_a_number_that_is_none_are_not_written(number):
 
 
 def test_unknown_settings_are_refused_with_the_known_ones(monkeypatch):
-    assert utils.profile() == "full" and utils.switch("A3_DATA") == "auto"
+    assert utils.switch("A3_PROFILE") == "full" and utils.switch("A3_DATA") == "auto"
     monkeypatch.setenv("A3_PROFILE", " Tiny ")
-    assert utils.profile() == "tiny"
+    assert utils.switch("A3_PROFILE") == "tiny"
     monkeypatch.setenv("A3_PROFILE", "small")
     with pytest.raises(ValueError, match="A3_PROFILE.*full, tiny"):
-        utils.profile()
+        utils.switch("A3_PROFILE")
     monkeypatch.setenv("A3_PRECISION", "fp16")
     with pytest.raises(ValueError, match="fp16 needs a CUDA GPU"):
         utils.precision_policy(CPU)
