@@ -579,6 +579,22 @@ def test_what_is_held_back_is_not_trained_on(nb):
         assert [labels[row] for row in rows(part)] == part.labels.tolist()
 
 
+def test_training_and_test_images_are_trimmed_and_resampled_alike(nb):
+    """Training images before the training, test images in the model: the same numbers."""
+    recipe = replace(nb.Recipe(), side=24, trim=0.25)
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    images[0, :, :, 4:28] = torch.arange(0, 240, 10, dtype=torch.uint8)
+    images[1, :, :, :4], images[1, :, :, 28:] = 255, 255  # outside of the middle 24 columns
+    split = utils.Split(images, torch.tensor([0, 1]))
+    before = nb.resampled(split, recipe).images
+    (inside,) = nb.preprocessing(recipe)
+    within = inside(images.float())
+    assert before.shape == (2, 1, 24, 24) and before[1].max() == 0
+    assert (before.float() - within).abs().max() <= 0.5
+    assert within[0, 0, 5].tolist() == pytest.approx(range(0, 240, 10), abs=1e-3)
+    assert torch.equal(inside(before.float()), before.float())  # not twice
+
+
 def test_a_recipe_is_validated_without_the_test_set(nb, monkeypatch):
     seen = {}
 

@@ -280,7 +280,7 @@ def test_unchanged_arguments_find_it_and_other_first_weights_or_layers_do_not(nb
 
 CHANGES = {"lr": 2e-3, "schedule": "onecycle", "weight_decay": 0.1, "side": 20, "standardize": True,
            "smoothing": 0.1, "affine": (5, 0.1, 0.1, 0.1), "erase": 4, "negatives": True,
-           "tones": True}  # fmt: skip
+           "tones": True, "trim": 0.25}  # fmt: skip
 ONE = {"epochs": 1, "steps": 1, "run": "key"}
 
 
