@@ -7,6 +7,7 @@ were trained by train_digit_biggan.py on the real sets; the classifier saw real 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def digit_biggan_config():
 
 
 def load_digit_biggan(device: str | torch.device = "cpu", folder: Path = HERE):
-    """The digit BigGAN as a `utils.Generator` on `device`; 20 classes as in DIGIT_CLASSES.
+    """The digit BigGAN on `device`, with the fields of the notebook's Generator.
 
     `model(z, c, truncation)`: noise N x 32, class weights N x 20 and a truncation in (0, 1] give
     images N x 3 x 32 x 32 in -1..1. Raises FileNotFoundError without digit_biggan.pt,
@@ -47,7 +48,14 @@ def load_digit_biggan(device: str | torch.device = "cpu", folder: Path = HERE):
 
     model = utils.load_weights(BigGAN(digit_biggan_config()), folder / "digit_biggan.pt").to(device)
     title = "digit BigGAN 32 x 32 (trained in this project)"
-    return utils.Generator(model, "biggan-digits-32", title, DIGIT_CLASSES, Z_DIM, 32)
+    return SimpleNamespace(
+        model=model,
+        name="biggan-digits-32",
+        title=title,
+        classes=DIGIT_CLASSES,
+        z_dim=Z_DIM,
+        size=32,
+    )
 
 
 class EvaluationClassifier(nn.Module):

@@ -89,9 +89,10 @@ class RealImages:
     """
 
     def __init__(self, street: utils.DigitData, handwritten: utils.DigitData, part: str) -> None:
+        (padded,) = from_notebook("padded")
         self.splits = {
             "street": getattr(street, part),
-            "handwritten": getattr(handwritten, part).padded(32),
+            "handwritten": padded(getattr(handwritten, part)),
         }
 
     def draw(self, world: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -435,7 +436,8 @@ def generated_split(model: BigGAN, world: str, count: int, seed: int = 23) -> ut
     digits = torch.arange(10).repeat(count // 10)
     images = sample(model, digits + WORLDS[world].start, 1.0, seed)
     rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return utils.Split(rounded, digits).gray()
+    (gray,) = from_notebook("gray")
+    return gray(utils.Split(rounded, digits))
 
 
 def report(
@@ -520,11 +522,11 @@ def main() -> None:
     }  # fmt: skip
     target = args.out / "digit_biggan_log.json"
     write_log(settings, facts, trainer.log, target)
-    (base_cnn,) = from_notebook("classifier")
+    base_cnn, gray = from_notebook("classifier", "gray")
     facts["cas"] = {}
     for world in WORLDS:
         train_set = generated_split(trainer.average, world, CAS_IMAGES)
-        test = parts["test"].splits[world].gray()
+        test = gray(parts["test"].splits[world])
         facts["cas"][world] = train_and_test(base_cnn(), train_set, test, CAS_EPOCHS)
         print(json.dumps(facts["cas"]), flush=True)
         write_log(settings, facts, trainer.log, target)

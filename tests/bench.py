@@ -84,7 +84,7 @@ def images_a_second(data: utils.DigitData, recipe: str, nb, steps: int = 30) -> 
     """Training images a second on one thread: the starter's way, its recipe in ours, our recipe."""
     torch.set_num_threads(1)
     some = data.train.first(steps * BATCH)
-    ours = some.gray()
+    ours = nb.gray(some)
     runs = [
         lambda: starter_epochs(some, 1, nb),
         lambda: our_training(ours, "suggested", 1, 0, nb),
@@ -112,16 +112,16 @@ def compare(data: utils.DigitData, recipe: str, nb, full: bool, threads: int) ->
         _, part = starter_epochs(timed, 1, nb)
         seconds = part * len(train) / len(timed) * EPOCHS
         # The same steps without its slow loading give its accuracy: plain Adam, 20 epochs.
-        model, _ = our_training(train.gray(), "suggested", EPOCHS, 0, nb)
-    goal = accuracy(model, data.test.gray(), "fp32" if full else "auto", nb)
+        model, _ = our_training(nb.gray(train), "suggested", EPOCHS, 0, nb)
+    goal = accuracy(model, nb.gray(data.test), "fp32" if full else "auto", nb)
     how = "measured" if full else f"extrapolated from one epoch of {len(timed):,}"
     print(
         f"  starter's way, {EPOCHS} epochs of {len(train):,} images: {goal:.2f} % "
         f"in {seconds:.0f} s ({how})"
     )
     for epochs in range(1, EPOCHS + 1):
-        runs = [our_training(train.gray(), recipe, epochs, seed, nb) for seed in SEEDS]
-        reached = [accuracy(model, data.test.gray(), "auto", nb) for model, _ in runs]
+        runs = [our_training(nb.gray(train), recipe, epochs, seed, nb) for seed in SEEDS]
+        reached = [accuracy(model, nb.gray(data.test), "auto", nb) for model, _ in runs]
         middle = statistics.median(seconds for _, seconds in runs)
         shown = ", ".join(f"{value:.2f}" for value in reached)
         print(f"  ours, {recipe!r}, {epochs} epochs: {shown} % in {middle:.1f} s", flush=True)

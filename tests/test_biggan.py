@@ -27,9 +27,9 @@ def random_biggan(**changes) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def gan() -> utils.Generator:
+def gan(nb):
     names = [f"{world} {digit}" for world in ("SVHN", "MNIST") for digit in range(10)]
-    return utils.Generator(random_biggan(), "random", "random weights", names, 8, 32)
+    return nb.Generator(random_biggan(), "random", "random weights", names, 8, 32)
 
 
 # ---- paths ----
@@ -115,7 +115,7 @@ def test_measures_of_a_walk_and_of_the_digit_model(nb, gan):
     assert split.labels.tolist() == [3, 3, 9] and split.images.dtype == torch.uint8
     gray = nb.as_task(split, 28)
     assert gray.images.shape == (3, 1, 28, 28)
-    assert torch.equal(gray.images, split.gray().images[..., 2:30, 2:30])
+    assert torch.equal(gray.images, nb.gray(split).images[..., 2:30, 2:30])
     color = nb.in_color(gray)
     assert color.shape == (3, 3, 32, 32) and (color[:, :, :2] == -1).all()
     assert torch.equal(color[:, 0], color[:, 2])

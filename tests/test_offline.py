@@ -83,10 +83,10 @@ def test_generated_digits_are_recognized_as_recorded(gan, evaluator):
     assert right == pytest.approx(recorded, abs=5)
 
 
-def test_evaluation_classifier_reads_mnist(evaluator, shared, monkeypatch):
+def test_evaluation_classifier_reads_mnist(nb, evaluator, shared, monkeypatch):
     monkeypatch.setenv("A3_DATA_ROOT", str(shared))
     monkeypatch.setenv("A3_DATA", "real")
-    test = utils.load_handwritten().test.first(500).padded(32)
+    test = nb.padded(utils.load_handwritten().test.first(500))
     images = utils.to_float(test.images).expand(-1, 3, -1, -1)
     _, right = train_digit_biggan.features_and_right(evaluator, images, test.labels + 10)
     assert right > 98

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import noise_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import ndimage, stats
 from torch import nn
 
@@ -132,6 +133,29 @@ def test_statistics_of_one_pass_and_of_two(nb, kind):
     assert norm.num_batches_tracked == (1 if kind == "mixed" else 2)
     if kind == "mixed":
         assert torch.allclose(norm.running_mean, 0.1 * convolved.mean((0, 2, 3)), atol=1e-6)
+
+
+# ---- gray, padded ----
+
+
+def test_gray_uses_the_itu_601_weights_as_pillow_does(nb):
+    images = noise_split(utils, 40, 32, channels=3)
+    gray = nb.gray(images)
+    assert gray.images.shape == (40, 1, 32, 32) and gray.images.dtype == torch.uint8
+    for color, ours in zip(images.images[:5], gray.images[:5], strict=True):
+        pillow = np.asarray(Image.fromarray(color.permute(1, 2, 0).numpy()).convert("L"))
+        assert np.abs(pillow.astype(int) - ours[0].numpy()).max() <= 1
+    assert nb.gray(split(40, 28)).images.shape == (40, 1, 28, 28)
+
+
+def test_padding_keeps_the_image_in_the_middle(nb):
+    part = split(40, 28)
+    padded = utils.DigitData("toy", part, part, real=False).map(nb.padded).test
+    assert torch.equal(padded.images[:, :, 2:30, 2:30], part.images)
+    assert int(padded.images.sum()) == int(part.images.sum())
+    assert padded.counts() == [4] * 10
+    with pytest.raises(ValueError, match="size"):
+        nb.padded(part, 20)
 
 
 # ---- recipes and preprocessing ----
@@ -338,8 +362,6 @@ def test_floats_are_the_starters_normalization(nb):
     assert torch.equal(pixels, torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16))
     with pytest.raises(ValueError, match="uint8"):
         utils.to_float(pixels.float())
-    with pytest.raises(ValueError, match="batch_size"):
-        nb.Loader(marked(3), 0)
 
 
 @pytest.mark.parametrize("size, steps", [(200, 3), (200, 4), (100, 5), (64, 4), (65, 9), (30, 2)])
