@@ -92,7 +92,7 @@ def test_class_names(nb):
 
     assert len(names) == 1000 and nb.class_vector("volcano", names).argmax() == 980
     assert {"volcano", "daisy", "peacock", "balloon", "jellyfish"} <= set(names)
-    with pytest.raises(ValueError, match="volcano"):
+    with pytest.raises(ValueError, match="vulcano"):
         nb.class_vector("vulcano", names)
 
 
