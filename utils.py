@@ -91,7 +91,7 @@ def default_device() -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AMX, AVX512-BF16); seen on Linux only."""
+    """Whether the CPU multiplies bf16 in hardware (AMX, AVX512-BF16); Linux only."""
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
         return "amx_bf16" in flags or "avx512_bf16" in flags
@@ -146,7 +146,7 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
 
 # ---- Data sets ----
 
-PATIENCE = 10.0  # seconds of silence after which an address is given up
+PATIENCE = 10.0  # seconds of silence that an address may take
 CUT = (RuntimeError, ConnectionError, http.client.HTTPException)  # or a wrong hash
 SIZES = {"MNIST": (60_000, 10_000), "SVHN": (73_257, 26_032)}
 FILES = {  # with the start of their sha256
@@ -639,7 +639,7 @@ def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -
     with _progress_shown(len(tasks)), warnings.catch_warnings():
         if jobs <= 1:
             return {name: _run_task(name, task) for name, task in tasks.items()}
-        # loky replaces a worker whose memory has grown, which is no fault.
+        # loky replaces workers whose memory has grown.
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         os.environ |= WORKER_SETTINGS | os.environ
         # Futures wait without polling; joblib.Parallel polls with a tenth of a core.
@@ -780,7 +780,9 @@ _STYLE = r"""
 #show figure.where(kind: table): set figure(placement: none)
 #show figure.where(kind: image): set image(width: 84%)
 #show figure: set text(8.8pt)
-#show quote: it => block(width: 100%, fill: luma(242), inset: 6pt, spacing: 8pt, it.body)
+#show quote: it => block(width: 100%, fill: luma(242), inset: 6pt, spacing: 8pt, it.body,
+  breakable: false)
+#show heading.where(level: 2): it => place.flush() + it
 #show raw.where(block: true): it => context {
   set text(if page.columns > 1 { 5.8pt } else { 6.8pt })
   set par(justify: false, leading: 0.34em, spacing: 0.34em)

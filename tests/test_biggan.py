@@ -174,7 +174,7 @@ def finding(nb, monkeypatch, gan):
 
 def test_the_best_generator_that_can_be_had(nb, finding, monkeypatch, gan):
     found, why_not = nb.find_biggan("auto")
-    assert found is gan and "256 is not available here.; biggan-deep-128: " in why_not
+    assert found is gan and "256 is not available here; biggan-deep-128: " in why_not
     with pytest.raises(utils.DataError):  # one asked for by name is never replaced
         nb.find_biggan("biggan-deep-128")
     monkeypatch.undo()

@@ -264,7 +264,7 @@ def test_weights_that_read_badly_are_not_used_and_g_is_trained(nb, tmp_path, mon
     model, origin = nb.pretrained_classifier(_street(True), images=64)
     printed = capsys.readouterr().out
     assert "trained in this notebook" in origin and not model.training
-    assert "no network" in printed and "on 1,000 training images" in printed
+    assert "no network" in printed and "on 64 training images" in printed
 
 
 def test_stand_in_data_do_not_ask_the_network(nb, tmp_path, monkeypatch, capsys):
