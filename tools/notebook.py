@@ -39,8 +39,10 @@ ours = Path("utils.py").resolve()
 if not ours.exists():
     ours.write_text(UTILS, encoding="utf-8")
 elif ours.read_text(encoding="utf-8") != UTILS:
-    print("The utils.py in this folder differs from this copy, and is the one used; "
-          "delete it and run all cells again to use this copy.")
+    print(
+        "The utils.py in this folder differs from this copy, and is the one used; "
+        "delete it and run all cells again to use this copy."
+    )
 sys.path.insert(0, str(ours.parent))
 importlib.invalidate_caches()
 found = importlib.util.find_spec("utils")
