@@ -505,7 +505,7 @@ def test_the_notebook_runs_alone_in_colab(colab_run):
 def test_stand_ins_are_never_called_by_the_real_names(colab_run):
     """Computed text names the data that made it; the real names stand only where they must."""
     _, done = colab_run
-    allowed = re.compile(r"(stands in for \*\*|No number below is one of )(MNIST|SVHN)")
+    allowed = re.compile(r"(stands in for \*\*|No accuracy of Question 1 is one of )(MNIST|SVHN)")
     # Question 3's digit model was trained on the real sets, and its classes bear their names.
     before = [cell.source.startswith("## Question 3") for cell in done.cells].index(True)
     for output in outputs_of(nbformat.v4.new_notebook(cells=done.cells[:before])):
@@ -522,12 +522,12 @@ def test_no_sentence_contradicts_its_interval(colab_run):
     _, done = colab_run
     texts = [o.get("data", {}).get("text/markdown", "") for o in outputs_of(done)]
     sentence = re.compile(
-        r"[^.\n]*?(better|worse|differ|above|below)[^.\n]*?\(([+-]\d+\.\d+) ± (\d+\.\d+)"
+        r"[^.\n]*?(better|worse|differ|above|below)[^.\n]*?\(([+−]\d+\.\d+) ± (\d+\.\d+)"
     )
     found = [match for text in texts for match in sentence.finditer(text)]
     assert len(found) >= 4
     for match in found:
-        word, mean, half = match[1], float(match[2]), float(match[3])
+        word, mean, half = match[1], float(match[2].replace("−", "-")), float(match[3])
         if word == "differ":
             assert abs(mean) <= half + 0.005, match[0]
         else:
