@@ -198,6 +198,7 @@ def test_training_changes_theta_and_w_and_leaves_g(nb, fp32, name):
     )  # fmt: skip
     model.train()
     assert not any(m.training for m in model.g.modules()) and model.f.training
+    assert not any(parameter.requires_grad for parameter in model.g.parameters())
     assert all(torch.equal(value, g_before[key]) for key, value in model.g.state_dict().items())
     utils.seed_everything(0)
     first = nb.JointEmbedding(network, model.small, model.unit_sphere).state_dict()
