@@ -105,6 +105,7 @@ def compare(data: utils.DigitData, recipe: str, nb, full: bool, threads: int) ->
     torch.set_num_threads(threads)
     # The quick form trains on a part, and the starter's 20 epochs are measured on less of it.
     train = data.train if full else data.train.first(6_000)
+    train_gray, test_gray = nb.gray(train), nb.gray(data.test)
     timed = train if full else train.first(1_500)
     if full:
         model, seconds = starter_epochs(train, EPOCHS, nb)
@@ -112,16 +113,16 @@ def compare(data: utils.DigitData, recipe: str, nb, full: bool, threads: int) ->
         _, part = starter_epochs(timed, 1, nb)
         seconds = part * len(train) / len(timed) * EPOCHS
         # The same steps without its slow loading give its accuracy: plain Adam, 20 epochs.
-        model, _ = our_training(nb.gray(train), "suggested", EPOCHS, 0, nb)
-    goal = accuracy(model, nb.gray(data.test), "fp32" if full else "auto", nb)
+        model, _ = our_training(train_gray, "suggested", EPOCHS, 0, nb)
+    goal = accuracy(model, test_gray, "fp32" if full else "auto", nb)
     how = "measured" if full else f"extrapolated from one epoch of {len(timed):,}"
     print(
         f"  starter's way, {EPOCHS} epochs of {len(train):,} images: {goal:.2f} % "
         f"in {seconds:.0f} s ({how})"
     )
     for epochs in range(1, EPOCHS + 1):
-        runs = [our_training(nb.gray(train), recipe, epochs, seed, nb) for seed in SEEDS]
-        reached = [accuracy(model, nb.gray(data.test), "auto", nb) for model, _ in runs]
+        runs = [our_training(train_gray, recipe, epochs, seed, nb) for seed in SEEDS]
+        reached = [accuracy(model, test_gray, "auto", nb) for model, _ in runs]
         middle = statistics.median(seconds for _, seconds in runs)
         shown = ", ".join(f"{value:.2f}" for value in reached)
         print(f"  ours, {recipe!r}, {epochs} epochs: {shown} % in {middle:.1f} s", flush=True)

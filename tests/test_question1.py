@@ -693,10 +693,10 @@ def test_curves_show_errors_of_both_parts_on_one_axes_per_data_set(nb, monkeypat
     monkeypatch.setattr(
         utils, "save_figure", lambda figure, name, caption, **_: kept.append(figure)
     )
-    history = list([
+    history = [
         {"epoch": n, "seconds": 1, "train_cross_entropy": 1 / n, "train_acc": 90.0 + n,
          "test_cross_entropy": 2 / n, "test_acc": 80.0 + n} for n in (1, 2, 3)
-    ])  # fmt: skip
+    ]  # fmt: skip
     panels = {"MNIST": {"suggested": history, "ours": history}, "SVHN": {"ours": history}}
     nb.plot_curves(panels, "x", "A caption.")
     (figure,) = kept

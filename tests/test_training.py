@@ -630,7 +630,7 @@ def test_progress_shows_the_last_line_of_each_training(monkeypatch):
 
 
 def test_history_of_one_task(nb):
-    rows = [
+    history = [
         {
             "epoch": n,
             "seconds": 2.0,
@@ -640,7 +640,6 @@ def test_history_of_one_task(nb):
         }
         for n in (1, 2)
     ]
-    history = rows
     ours = nb.of_task(history, "street")
     assert ours[-1] == {"epoch": 2, "test_acc": 92.0}
     assert [row["test_acc"] for row in ours] == [91.0, 92.0]
