@@ -1,6 +1,6 @@
 """Shared helpers of Assignment 3 (COMP 499/691): the plumbing, none of the answers.
 
-Settings, data sets, training, trainings side by side, figures, PDF export.
+In this order: settings, data, training, parallel runs, display, PDF.
 """
 
 from __future__ import annotations
@@ -8,64 +8,97 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import copy
+import dis
 import gzip
 import hashlib
 import html
 import http.client
-import importlib
+import inspect
 import io
+import itertools
 import json
+import linecache
+import marshal
 import math
 import os
 import platform
 import re
 import socket
+import ssl
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial, singledispatch
+from html import escape
+from importlib import import_module, metadata
+from itertools import zip_longest
+from pathlib import Path, PurePath
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import joblib
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
+import pandas as pd
 import psutil
 import torch
+from bs4 import BeautifulSoup, Tag
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import DisplayHandle, display
+from jinja2 import pass_context
 from joblib.externals.loky import get_reusable_executor
+from nbconvert.exporters import HTMLExporter
+from nbformat import NotebookNode
+from packaging.version import Version
 from torch import Tensor, nn
+from tqdm import tqdm
+from traitlets.config import Config
 
 # ---- Settings ----
 
-CHOICES = {
-    "A3_PROFILE": ("full", "tiny"),
+CHOICES = {  # the first is the default
+    "A3_PROFILE": ("auto", "full", "short", "tiny"),
     "A3_DATA": ("auto", "real", "embedded"),
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
-OFFLINE = Path(__file__).resolve().parent / "offline"  # not with a lone notebook
+OFFLINE = Path(__file__).resolve().parent / "offline"  # not there beside a lone notebook
 
 
-def switch(name: str, default: str = "") -> str:
-    """A setting of the environment, else `default`, else the first of its CHOICES.
+def setting(name: str) -> str:
+    """The environment's value of a setting, else the first of its CHOICES.
 
     Raises ValueError that lists the valid values.
     """
     choices = CHOICES[name]
-    value = os.environ.get(name, "").strip().lower() or default or choices[0]
+    value = os.environ.get(name, "").strip().lower() or choices[0]
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; use one of: {', '.join(choices)}.")
     return value
+
+
+def setting_jobs() -> int | None:
+    """A3_JOBS, how many trainings run side by side, or None where it is not set.
+
+    Raises ValueError unless it is a whole number from 1.
+    """
+    text = os.environ.get("A3_JOBS", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"A3_JOBS={text!r} must be a whole number, 1 or more.")
+    return int(text)
 
 
 def data_root() -> Path:
@@ -78,11 +111,12 @@ def runs_folder() -> Path:
     return Path(os.environ.get("A3_RUNS") or "runs").expanduser()
 
 
-def offline_module(name: str) -> ModuleType:
-    """The module offline/NAME.py of a clone. Raises FileNotFoundError where there is none."""
-    if not (OFFLINE / f"{name}.py").is_file():
-        raise FileNotFoundError(2, "this needs the whole project, with its folder offline/", name)
-    return importlib.import_module(f"offline.{name}")
+def profile_for(*datasets: DigitData) -> str:
+    """A3_PROFILE; where it is 'auto', 'full' on real data and 'short' with a stand-in."""
+    profile = setting("A3_PROFILE")
+    if profile != "auto":
+        return profile
+    return "full" if all(data.real for data in datasets) else "short"
 
 
 def default_device() -> torch.device:
@@ -91,20 +125,21 @@ def default_device() -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AMX, AVX512-BF16); Linux only."""
-    with contextlib.suppress(OSError):
+    """Whether the CPU multiplies bf16 in hardware (AMX, AVX512-BF16); known on Linux only."""
+    try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-        return "amx_bf16" in flags or "avx512_bf16" in flags
-    return False
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def precision_policy(device: torch.device) -> torch.dtype:
+def precision(device: torch.device) -> torch.dtype:
     """Data type of the forward pass: A3_PRECISION, else what is fast on `device`.
 
     bf16 on CPUs and GPUs that have it (from Ampere on), fp16 with a loss scaler on older GPUs,
     else fp32. Raises ValueError for fp16 on a CPU.
     """
-    choice = switch("A3_PRECISION")
+    choice = setting("A3_PRECISION")
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     elif choice == "auto":
@@ -114,18 +149,32 @@ def precision_policy(device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Context of a forward pass in the data type that `precision` gives."""
+    dtype = precision(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def available_cores() -> int:
+    """How many cores this process may use; a container or taskset may allow fewer than exist."""
+    return joblib.cpu_count()
+
+
 def machine() -> str:
-    """One line on the machine, without its name: cores, kind, accelerator, torch version."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores {platform.machine()}, {where}, torch {torch.__version__}"
+    """One line on the machine, without its name: '2 cores x86_64, no GPU, torch 2.14.1'."""
+    cores = available_cores()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    word = "core" if cores == 1 else "cores"
+    version = torch.__version__.split("+")[0]
+    return f"{cores} {word} {platform.machine()}, {gpu}, torch {version}"
 
 
-def notice(text: str) -> None:
+def warn(text: str) -> None:
     """Print something the reader must not miss, set off on standard output."""
     print("NOTE  " + text.strip().replace("\n", "\n      "), flush=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then rename: readers never see half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -136,20 +185,32 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def keep(path: Path, write: Callable[[Path], None]) -> None:
-    """`write_atomically` a file of the run; where that cannot be, say so and go on."""
+def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` a file that a run can do without: where that fails, say so and go on."""
     try:
         write_atomically(path, write)
     except OSError as error:
-        notice(f"{path.name} cannot be written ({error}); the run goes on.")
+        warn(f"{path.name} cannot be written ({error}); the run goes on.")
 
 
-# ---- Data sets ----
+# ---- Data ----
 
-PATIENCE = 10.0  # seconds of silence that an address may take
-CUT = (RuntimeError, ConnectionError, http.client.HTTPException)  # or a wrong hash
-SIZES = {"MNIST": (60_000, 10_000), "SVHN": (73_257, 26_032)}
-FILES = {  # with the start of their sha256
+T = TypeVar("T")
+
+TIMEOUT = 10.0  # seconds of silence that an address may take
+RETRYABLE = (  # what a second try may mend
+    RuntimeError,  # torch.hub: the file has another hash, as it was cut
+    ConnectionError,
+    http.client.HTTPException,
+)
+SIZES = {
+    "MNIST": {"train": 60_000, "test": 10_000},
+    "SVHN": {"train": 73_257, "test": 26_032},
+}
+TINY_SIZES = {"train": 512, "test": 256}  # of every data set in the tiny profile
+RENDERED_SIZES = {"train": 24_000, "test": 5_000}  # of the stand-in for SVHN
+RENDERED_SEEDS = {"train": 1, "test": 2}
+SHA256 = {  # the first digits
     "train-images-idx3-ubyte.gz": "440fcabf",
     "train-labels-idx1-ubyte.gz": "3552534a",
     "t10k-images-idx3-ubyte.gz": "8d422c7b",
@@ -159,11 +220,16 @@ FILES = {  # with the start of their sha256
 }
 MNIST_HOST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 SVHN_HOST = "http://ufldl.stanford.edu/housenumbers"
+SVHN_MIRROR = "ufldl-stanford/svhn"  # on the Hugging Face hub
 SVHN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # training, 0 to 9
+CERTIFICATES_HINT = (
+    "if certificates cannot be verified, install them for this Python (macOS: run 'Install "
+    "Certificates.command'; elsewhere set SSL_CERT_FILE to what `python -m certifi` prints)"
+)
 
 
 class DataError(RuntimeError):
-    """No data or weights; the message lists what was tried and what to do."""
+    """No data or weights. The first line says what is missing, the rest what was tried."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +240,20 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        x, y = self.images, self.labels
-        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
+        shape = tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4:
             raise ValueError(
-                f"images: uint8, N x C x H x W, C 1 or 3, N > 0; not {x.dtype, x.shape}"
+                f"images must be uint8, N x C x H x W; got {self.images.dtype} {shape}"
             )
-        if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 9:
-            raise ValueError(f"labels: int64, 0 to 9, one for each of {len(x)} images; not {y}")
+        if shape[0] < 1 or shape[1] not in (1, 3):
+            raise ValueError(f"images must have N > 0 and C 1 or 3; got N x C x H x W = {shape}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
+            raise ValueError(
+                f"labels must be int64, one for each of {shape[0]} images; "
+                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+        if self.labels.min() < 0 or self.labels.max() > 9:
+            raise ValueError("labels of images must be 0 to 9")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,13 +261,16 @@ class Split:
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
         """The images at `indices`, in that order. ValueError unless all are 0 to N - 1."""
         index = np.asarray(indices)
-        if index.dtype.kind not in "iu" or not 0 <= index.min() <= index.max() < len(self):
-            raise ValueError(f"indices: whole numbers from 0 to {len(self) - 1}.")
+        whole_numbers = np.issubdtype(index.dtype, np.integer)
+        if not whole_numbers or index.min() < 0 or index.max() >= len(self):
+            raise ValueError(f"indices must be whole numbers from 0 to {len(self) - 1}")
         return Split(self.images[index], self.labels[index])
 
     def first(self, count: int) -> Split:
         """The first `count` images, or all when there are fewer. ValueError for a count below 1."""
-        return Split(self.images[: max(count, 0)], self.labels[: max(count, 0)])
+        if count < 1:
+            raise ValueError(f"count must be 1 or more; got {count}")
+        return Split(self.images[:count], self.labels[:count])
 
     def counts(self) -> list[int]:
         """Number of images of each digit, 0 to 9."""
@@ -203,7 +279,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DigitData:
-    """A data set: its true name, two splits, and whether it is the real one."""
+    """A data set: its true name ("MNIST", "SVHN" or the stand-in's), two splits, real or not."""
 
     name: str
     train: Split
@@ -215,219 +291,13 @@ class DigitData:
         return replace(self, train=change(self.train), test=change(self.test))
 
 
-def fingerprint(*parts: object) -> str:
-    """16 hex digits of all parts: tensors and splits by content, the rest by repr."""
-
-    def plain(part: object) -> object:
-        if isinstance(part, Split):
-            part = part.images, part.labels
-        if isinstance(part, Tensor):
-            content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            return f"{part.dtype}{tuple(part.shape)}{hashlib.sha256(content).hexdigest()}"
-        if isinstance(part, dict):
-            return "dict", plain(sorted(part.items()))
-        return [plain(one) for one in part] if isinstance(part, (list, tuple)) else part
-
-    return hashlib.sha256(repr(plain(parts)).encode()).hexdigest()[:16]
-
-
-def _words(source: object, error: Exception) -> str:
-    said = " ".join(str(error).split())[:300] or f"silent for {PATIENCE:.0f} s"
-    return f"{source}: {type(error).__name__}: {said}"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return "unreadable"
-
-
-def first_to_deliver(
-    name: str, sources: dict[str, Callable[[str], Any]], todo: str, tried: Sequence[str] = ()
-) -> Any:
-    """fetch(url) of the first url: fetch in `sources` that works, else DataError.
-
-    Each has PATIENCE of its own; a cut connection is tried again.
-    """
-    tried, before = list(tried), socket.getdefaulttimeout()
-    pool = ThreadPoolExecutor()  # as no time-out ends the wait for a name server
-    for url, fetch in sources.items():
-        request = urllib.request.Request(url, method="HEAD")
-        for _ in range(2):
-            try:
-                # Any answer will do; what else is wrong shows in the download.
-                answer = pool.submit(urllib.request.urlopen, request, timeout=2 * PATIENCE)
-                if type(error := answer.exception(PATIENCE)) is urllib.error.URLError:
-                    raise error
-                print(f"Downloading {url}", flush=True)
-                socket.setdefaulttimeout(PATIENCE)  # the libraries set none
-                with contextlib.redirect_stderr(sys.stdout):  # progress bars
-                    return fetch(url)
-            except Exception as error:
-                tried.append(_words(url, error))
-                if isinstance(error, DataError) or not isinstance(error, CUT):
-                    break
-            finally:
-                socket.setdefaulttimeout(before)
-    lines = "".join(f"\n- {one}" for one in tried)
-    raise DataError(f"{name} is not available here. Tried:{lines}\nWhat to do: {todo}.")
-
-
-def _download(url: str, path: Path, sha256: str) -> Path:
-    if not _sha256(path).startswith(sha256):
-        get = torch.hub.download_url_to_file
-        write_atomically(path, lambda part: get(url, str(part), hash_prefix=sha256))
-    return path
-
-
-def download_weights(urls: Sequence[str], path: str | Path, sha256_prefix: str) -> Path:
-    """`path`, where a file of this sha256 is, or comes from the first url that has it.
-
-    Raises DataError that lists every failure.
-    """
-    path = Path(path)
-    if _sha256(path).startswith(sha256_prefix):
-        return path
-    sources = {url: lambda url: _download(url, path, sha256_prefix) for url in urls}
-    todo = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
-    return first_to_deliver(path.name, sources, todo)
-
-
-def from_hub(repository: str, file: str, folder: Path, **kind: str) -> dict[str, Callable]:
-    """{url: fetch} of a file of the Hugging Face hub, whose client resumes and checks."""
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
-    from huggingface_hub import hf_hub_download, hf_hub_url
-
-    place = {"endpoint": os.environ.get("HF_ENDPOINT") or "https://huggingface.co", **kind}
-    fetch = partial(hf_hub_download, repository, file, local_dir=folder, **place)
-    return {hf_hub_url(repository, file, **place): lambda url: Path(fetch())}
-
-
-def load_cached(name: str, make: Callable[[], Split], *key: object) -> Split:
-    """make(), or its result in an earlier run with this key. A faulty cache is made again."""
-    path = runs_folder() / f"{name}-{fingerprint(*key)}.npz"
-    with contextlib.suppress(Exception), np.load(path) as stored:  # it checks the CRC
-        return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-    split = make()
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:
-            np.savez(file, images=split.images, labels=split.labels)
-
-    keep(path, write)
-    return split
-
-
-def _mnist(part: str) -> Split:
-    tensors, prefix = [], {"train": "train", "test": "t10k"}[part]
-    for name in (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"):
-        path = data_root() / "MNIST" / "raw" / name
-        download_weights([f"{MNIST_HOST}/{name}"], path, FILES[name])
-        data = bytearray(gzip.decompress(path.read_bytes()))  # idx format: data[3] is the rank
-        tensors.append(torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * data[3]))
-    return Split(tensors[0].view(-1, 1, 28, 28), tensors[1].long())
-
-
-def _from_mat(files: Sequence[Path]) -> Split:
-    from scipy.io import loadmat
-
-    if not _sha256(files[0]).startswith(FILES[files[0].name]):
-        raise DataError("this is not the official file; its checksum differs")
-    stored = loadmat(files[0])
-    images = np.ascontiguousarray(stored["X"].transpose(3, 2, 0, 1))
-    labels = stored["y"].ravel().astype(np.int64) % 10  # the file's 10 is the digit 0
-    return Split(torch.from_numpy(images), torch.from_numpy(labels))
-
-
-def _from_parquet(files: Sequence[Path]) -> Split:
-    from PIL import Image
-    from pyarrow.parquet import ParquetFile
-
-    pixels, labels, column = bytearray(), [], "image"
-    for file in files:
-        try:
-            for batch in ParquetFile(file, pre_buffer=False).iter_batches(1000):
-                column = "image"
-                for one in batch[column].to_pylist():
-                    image = np.asarray(Image.open(io.BytesIO(one["bytes"])))
-                    if image.shape != (32, 32, 3):
-                        raise ValueError(f"images must be 32 x 32 x 3, not {image.shape}")
-                    pixels += image.transpose(2, 0, 1).tobytes()
-                column = "label"
-                labels += batch[column].to_pylist()
-                if not set(labels) <= set(range(10)):
-                    raise ValueError("labels must be 0 to 9")
-        except Exception as error:
-            raise DataError(_words(f"{file}, column {column!r}", error)) from error
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
-    return Split(torch.from_numpy(images), torch.tensor(labels))
-
-
-def _read_svhn(part: str, files: Sequence[Path]) -> Split:
-    """A part of SVHN from its official .mat file or the mirror's parquet files."""
-    if not files:
-        raise FileNotFoundError("no such file")
-    decode = _from_mat if files[0].suffix == ".mat" else _from_parquet
-    split = load_cached(f"svhn-{part}", lambda: decode(files), *map(_sha256, files))
-    counts, whole = split.counts(), SIZES["SVHN"][part == "test"]
-    wrong = 0 in counts or len(split) == whole and counts != SVHN_COUNTS
-    if len(split) > whole or part == "train" and wrong:
-        raise DataError(f"the counts of the digits 0 to 9 are not those of SVHN: {counts}")
-    return split
-
-
-def _svhn(part: str) -> Split:
-    """Files in A3_DATA_ROOT, official or the mirror's; the official address; the mirror."""
-    root, mat, tried = data_root(), f"{part}_32x32.mat", []
-    for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
-        try:
-            return _read_svhn(part, sorted(root.glob(pattern)))
-        except Exception as error:
-            tried.append(_words(root / pattern, error))
-    sources = {f"{SVHN_HOST}/{mat}": lambda url: _download(url, root / mat, FILES[mat])}
-    parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
-    sources |= from_hub("ufldl-stanford/svhn", parquet, root / "svhn", repo_type="dataset")
-    todo = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
-    return _read_svhn(part, [first_to_deliver(f"SVHN ({part})", sources, todo, tried)])
-
-
-def _load(name: str, read: Callable[[str], Split], stand_in: str) -> DigitData:
-    """The data set that A3_DATA asks for; slices of 512 and 256 in the tiny profile."""
-    tiny = switch("A3_PROFILE") == "tiny"
-    wanted = switch("A3_DATA", "embedded" if tiny else "")
-    try:
-        if wanted == "embedded":
-            raise DataError("A3_DATA=embedded asks for a stand-in.")
-        data = DigitData(name, read("train"), read("test"), real=True)
-    except DataError as problem:
-        if wanted == "real":
-            raise
-        try:
-            data = offline_module(stand_in).stand_in()
-        except FileNotFoundError as error:
-            raise DataError(f"{problem}\nNo stand-in: {error}") from error
-        if wanted == "auto":
-            notice(f"{data.name} in place of {name}.\n{problem}")
-    if tiny:
-        data = replace(data, train=data.train.first(512), test=data.test.first(256))
-    sizes = [len(data.train), len(data.test)]
-    if data.real and sizes != [*SIZES[name]]:
-        pairs = zip(sizes, SIZES[name], strict=True)
-        train, test = (f"{n:,}" + f" of {whole:,}" * (n < whole) for n, whole in pairs)
-        data = replace(data, name=f"{name} ({train} training, {test} test images)")
-    return data
-
-
-def load_handwritten() -> DigitData:
-    """MNIST, 1 x 28 x 28, or its stand-in, as A3_DATA says. Raises DataError."""
-    return _load("MNIST", _mnist, "small_digits")
-
-
-def load_street() -> DigitData:
-    """SVHN, 3 x 32 x 32, or its stand-in, as A3_DATA says. Raises DataError."""
-    return _load("SVHN", _svhn, "street_numbers")
+def describe_size(data: DigitData) -> str:
+    """'SVHN: 73,257 training and 6,000 of 26,032 test images'."""
+    parts = {}
+    for part, split in (("train", data.train), ("test", data.test)):
+        whole = SIZES[data.name][part] if data.real else len(split)
+        parts[part] = f"{len(split):,}" if len(split) == whole else f"{len(split):,} of {whole:,}"
+    return f"{data.name}: {parts['train']} training and {parts['test']} test images"
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -437,7 +307,761 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-# ---- Training, around the notebook's loop ----
+# Files and addresses
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256 as 64 hex digits, or '' where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def describe_failure(source: object, error: Exception) -> str:
+    """One line: the address or file, and what went wrong with it."""
+    if isinstance(error, TimeoutError):
+        return f"{source}: silent for {TIMEOUT:.0f} s"
+    message = " ".join(str(error).split())[:300]
+    return f"{source}: {type(error).__name__}: {message}"
+
+
+def wait_for_answer(url: str) -> None:
+    """Return when the server of `url` answers anything at all.
+
+    Raises TimeoutError after TIMEOUT seconds, URLError where no connection can be made. A
+    certificate that cannot be verified is no reason to stop: other clients have other certificates.
+    """
+    request = urllib.request.Request(url, method="HEAD")
+    # In a thread, as no time-out of a socket ends the wait for a name server.
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT)
+    except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
+        return  # an answer; the download will say what is wrong
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):
+            raise
+    finally:
+        pool.shutdown(wait=False)
+
+
+def fetch_from(url: str, fetch: Callable[[str], T]) -> T:
+    """`fetch(url)`, once the server answers; a cut connection is tried a second time."""
+    wait_for_answer(url)
+    print(f"Downloading {url}", flush=True)
+    with contextlib.redirect_stderr(sys.stdout):  # progress bars
+        try:
+            return fetch(url)
+        except RETRYABLE:
+            return fetch(url)
+
+
+def fetch_first(
+    name: str, sources: dict[str, Callable[[str], T]], hint: str, tried: Sequence[str] = ()
+) -> T:
+    """What the first address in `sources` (url: fetch) that works gives.
+
+    Raises DataError that lists all failures, those in `tried` first, and says what to do.
+    """
+    failures = list(tried)
+    for url, fetch in sources.items():
+        try:
+            return fetch_from(url, fetch)
+        except Exception as error:  # whatever a client raises, the next address may work
+            failures.append(describe_failure(url, error))
+    if any("certificate" in failure.lower() for failure in failures):
+        hint = f"{hint}; {CERTIFICATES_HINT}"
+    lines = "\n".join(f"- {failure}" for failure in failures)
+    raise DataError(f"{name} could not be downloaded.\nTried:\n{lines}\nWhat to do: {hint}.")
+
+
+def download(url: str, path: Path, sha256_prefix: str) -> Path:
+    """Download to `path`; a file that is cut or has another sha256 never gets that name."""
+
+    def write(part: Path) -> None:
+        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256_prefix)
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
+    try:
+        write_atomically(path, write)
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def download_weights(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
+    """`path`, where a file of this sha256 is, or comes from the first url that has it.
+
+    Raises DataError that lists every failure.
+    """
+    if file_sha256(path).startswith(sha256_prefix):
+        return path
+
+    def fetch(url: str) -> Path:
+        return download(url, path, sha256_prefix)
+
+    hint = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
+    return fetch_first(path.name, dict.fromkeys(urls, fetch), hint)
+
+
+def from_hub(
+    repository: str, file: str, folder: Path, repo_type: str = "model"
+) -> dict[str, Callable[[str], Path]]:
+    """A source for `fetch_first`: a file of the Hugging Face hub, saved below `folder`.
+
+    The hub's own client checks the file and resumes a download that was cut.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
+    from huggingface_hub import hf_hub_download, hf_hub_url
+
+    place = {
+        "repo_id": repository,
+        "filename": file,
+        "repo_type": repo_type,
+        "endpoint": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+    }
+
+    def fetch(_: str) -> Path:
+        return Path(hf_hub_download(**place, local_dir=folder))
+
+    return {hf_hub_url(**place): fetch}
+
+
+def read_cache(path: Path) -> Split | None:
+    """The split in an .npz file, or None where there is none or it is damaged."""
+    try:
+        with np.load(path) as stored:  # checks the CRC of what it reads
+            images, labels = stored["images"], stored["labels"]
+        return Split(torch.from_numpy(images), torch.from_numpy(labels))
+    except Exception:  # whatever is wrong with a cache, it can be made again
+        return None
+
+
+def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
+    """`make()`, or what it gave in an earlier run with the same key."""
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+    path = runs_folder() / f"{name}-{digest}.npz"
+    stored = read_cache(path)
+    if stored is not None:
+        return stored
+    split = make()
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # numpy adds .npz to a name, not to a file
+            np.savez(file, images=split.images.numpy(), labels=split.labels.numpy())
+
+    write_or_warn(path, write)
+    return split
+
+
+# Real data
+
+
+def read_idx(path: Path) -> Tensor:
+    """The numbers of a gzipped file in MNIST's idx format, uint8, as one long row."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    dimensions = content[3]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions)
+
+
+def real_mnist(part: str) -> Split:
+    """'train' or 'test' of MNIST from its files in A3_DATA_ROOT, which are downloaded if need be.
+
+    Raises DataError.
+    """
+    prefix = {"train": "train", "test": "t10k"}[part]
+    rows = []
+    for kind in ("images-idx3", "labels-idx1"):
+        name = f"{prefix}-{kind}-ubyte.gz"
+        path = data_root() / "MNIST" / "raw" / name
+        rows.append(read_idx(download_weights([f"{MNIST_HOST}/{name}"], path, SHA256[name])))
+    images, labels = rows
+    return Split(images.view(-1, 1, 28, 28), labels.long())
+
+
+def decode_mat(files: Sequence[Path]) -> Split:
+    """The split in SVHN's official .mat file, the only one of `files`.
+
+    Raises DataError for a file with another checksum.
+    """
+    from scipy.io import loadmat
+
+    (file,) = files
+    if not file_sha256(file).startswith(SHA256[file.name]):
+        raise DataError("this is not the official file; its checksum differs")
+    stored = loadmat(file)
+    images = np.ascontiguousarray(stored["X"].transpose(3, 2, 0, 1))
+    labels = stored["y"].ravel().astype(np.int64)
+    labels[labels == 10] = 0  # the file calls the digit 0 ten
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def png_pixels(content: bytes) -> bytes:
+    """The 3 x 32 x 32 pixels of a PNG. Raises ValueError for another size or kind."""
+    from PIL import Image
+
+    image = np.asarray(Image.open(io.BytesIO(content)))
+    if image.shape != (32, 32, 3):
+        raise ValueError(f"images must be 32 x 32 x 3; got {image.shape}")
+    return image.transpose(2, 0, 1).tobytes()
+
+
+def read_parquet(file: Path, pixels: bytearray, labels: list[int]) -> None:
+    """Append the images and labels of one of the mirror's files to `pixels` and `labels`."""
+    from pyarrow.parquet import ParquetFile
+
+    for batch in ParquetFile(file, pre_buffer=False).iter_batches(1000):
+        for image in batch["image"].to_pylist():
+            pixels += png_pixels(image["bytes"])
+        found = batch["label"].to_pylist()
+        if not set(found) <= set(range(10)):
+            raise ValueError("labels must be 0 to 9")
+        labels += found
+
+
+def decode_parquet(files: Sequence[Path]) -> Split:
+    """The split in the mirror's parquet files. Raises DataError that names a faulty one."""
+    pixels: bytearray = bytearray()
+    labels: list[int] = []
+    for file in files:
+        try:
+            read_parquet(file, pixels, labels)
+        except Exception as error:  # of pyarrow, Pillow, or ours
+            raise DataError(describe_failure(file, error)) from error
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
+    return Split(torch.from_numpy(images), torch.tensor(labels))
+
+
+def read_svhn(part: str, files: Sequence[Path]) -> Split:
+    """A part of SVHN from its official .mat file or the mirror's parquet files.
+
+    Raises DataError where the numbers of digits are not those of SVHN. A set may be cut short (we
+    have 6,000 test images), but training needs all ten digits.
+    """
+    if not files:
+        raise FileNotFoundError("no such file")
+    decode = decode_mat if files[0].suffix == ".mat" else decode_parquet
+    keys = [file_sha256(file) for file in files]
+    split = load_cached(f"svhn-{part}", lambda: decode(files), *keys)
+    counts = split.counts()
+    whole = SIZES["SVHN"][part]
+    too_many = len(split) > whole
+    digit_missing = part == "train" and 0 in counts
+    other_counts = part == "train" and len(split) == whole and counts != SVHN_COUNTS
+    if too_many or digit_missing or other_counts:
+        raise DataError(f"the counts of the digits 0 to 9 are not those of SVHN: {counts}")
+    return split
+
+
+def real_svhn(part: str) -> Split:
+    """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
+
+    Raises DataError.
+    """
+    root = data_root()
+    mat = f"{part}_32x32.mat"
+    failures = []
+    for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
+        try:
+            return read_svhn(part, sorted(root.glob(pattern)))
+        except Exception as error:  # another file, or the network, may do
+            failures.append(describe_failure(root / pattern, error))
+
+    def official(url: str) -> Path:
+        return download(url, root / mat, SHA256[mat])
+
+    parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
+    sources = {f"{SVHN_HOST}/{mat}": official}
+    sources |= from_hub(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset")
+    hint = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
+    return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
+
+
+# Stand-ins, and which data a run takes
+
+
+def require_offline(what: str) -> None:
+    """Raise DataError where the folder offline/ is missing, as it is beside a lone notebook."""
+    if not OFFLINE.is_dir():
+        raise DataError(f"{what} needs the whole project, with its folder offline/.")
+
+
+def mnist_stand_in() -> DigitData:
+    """The stand-in for MNIST, in its format. Raises DataError without the folder offline/."""
+    require_offline("The stand-in for MNIST")
+    from offline import small_digits
+
+    train, test = small_digits.load_small_digits()
+    return DigitData("scikit-learn digits", Split(*train), Split(*test), real=False)
+
+
+def svhn_stand_in() -> DigitData:
+    """The stand-in for SVHN, in its format. Raises DataError without the folder offline/."""
+    require_offline("The stand-in for SVHN")
+    from offline import street_numbers
+
+    sizes = TINY_SIZES if setting("A3_PROFILE") == "tiny" else RENDERED_SIZES
+
+    def split(part: str) -> Split:
+        count, seed = sizes[part], RENDERED_SEEDS[part]
+        key = [*street_numbers.versions(), str(count), str(seed)]
+        render = street_numbers.render_street_numbers
+        return load_cached("rendered", lambda: Split(*render(count, seed)), *key)
+
+    return DigitData("rendered street numbers", split("train"), split("test"), real=False)
+
+
+def data_wanted() -> str:
+    """A3_DATA; where it is not set, a tiny run takes stand-ins."""
+    if setting("A3_PROFILE") == "tiny" and not os.environ.get("A3_DATA", "").strip():
+        return "embedded"
+    return setting("A3_DATA")
+
+
+def real_or_stand_in(
+    name: str, read: Callable[[str], Split], stand_in: Callable[[], DigitData]
+) -> DigitData:
+    """The data that A3_DATA asks for; with 'auto' the real data, else its stand-in with a notice.
+
+    Raises DataError where neither can be had.
+    """
+    wanted = data_wanted()
+    if wanted == "embedded":
+        return stand_in()
+    try:
+        return DigitData(name, read("train"), read("test"), real=True)
+    except DataError as error:
+        if wanted == "real":
+            raise
+        problem = error
+    try:
+        data = stand_in()
+    except DataError as error:
+        raise DataError(f"{problem}\n{error}") from error
+    warn(f"{data.name} in place of {name}.\n{problem}")
+    return data
+
+
+def cut_to_profile(data: DigitData) -> DigitData:
+    """All of it, or its first few images in the tiny profile."""
+    if setting("A3_PROFILE") != "tiny":
+        return data
+    train = data.train.first(TINY_SIZES["train"])
+    return replace(data, train=train, test=data.test.first(TINY_SIZES["test"]))
+
+
+def load_mnist() -> DigitData:
+    """MNIST, 1 x 28 x 28, or its stand-in, as A3_DATA says. Raises DataError."""
+    return cut_to_profile(real_or_stand_in("MNIST", real_mnist, mnist_stand_in))
+
+
+def load_svhn() -> DigitData:
+    """SVHN, 3 x 32 x 32, or its stand-in, as A3_DATA says. Raises DataError."""
+    return cut_to_profile(real_or_stand_in("SVHN", real_svhn, svhn_stand_in))
+
+
+# Trained weights: g of Question 1 (e), the generator of Question 3
+
+PUBLISHED_G = (
+    "http://ml.cs.tsinghua.edu.cn/~chenxi/pytorch-models/svhn-f564f3d8.pth",
+    "https://web.archive.org/web/20180115042531if_/"
+    "http://ml.cs.tsinghua.edu.cn:80/~chenxi/pytorch-models/svhn-f564f3d8.pth",
+)
+LEAST_G = 90.0  # percent of 1,000 training images; weights that read fewer are not used
+BIGGAN_256 = (
+    "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
+)
+BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first digits
+BIGGAN_128_MIRROR = "osanseviero/BigGAN-deep-128"  # on the Hugging Face hub
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """`model` with the state dict of a file (fp16 becomes the model's type), in eval mode.
+
+    Raises FileNotFoundError, or RuntimeError that names a damaged or foreign file.
+    """
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
+        raise RuntimeError(f"{path} is not a file of these weights: {error}") from error
+    return model.eval()
+
+
+def load_published_g(model: nn.Module) -> None:
+    """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
+    path = download_weights(PUBLISHED_G, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
+    load_weights(model, path)
+    # Its training data called zero 10, and labels were counted from 1: class k is the digit k + 1.
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter.roll(1, 0))
+
+
+def load_our_g(model: nn.Module) -> None:
+    """Fill `model` with the weights that offline/training/train_street_classifier.py made.
+
+    Raises OSError without them, ValueError when they are not those of the .json beside them.
+    """
+    path = OFFLINE / "weights" / "street_classifier.pt"
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if file_sha256(path) != record["sha256"]:
+        raise ValueError(f"{path.name} is not the file of {path.stem}.json.")
+    load_weights(model, path)
+
+
+@torch.inference_mode()
+def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
+    """Accuracy of `model`, which is in eval mode, on `split`, in percent."""
+    batches = [to_float(images).to(device) for images in split.images.split(250)]
+    predicted = torch.cat([model(images).argmax(1) for images in batches]).cpu()
+    return 100 * (predicted == split.labels).float().mean().item()
+
+
+def short_reason(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
+    """Fill `model`, the notebook's StreetClassifier, with trained weights, on `device`, eval mode.
+
+    For real SVHN the starter's published weights, else this project's. Each is tried on 1,000
+    training images of `street` and left out below 90 %; the reason is printed. Returns the origin
+    as half a sentence, or None when no weights can be used: `model` then has its old weights.
+    """
+    candidates: dict[str, Callable[[nn.Module], None]] = {}
+    if street.real:
+        candidates["the starter's published weights, svhn-f564f3d8.pth"] = load_published_g
+    if OFFLINE.is_dir():
+        ours = "this project's weights, offline/weights/street_classifier.pt"
+        candidates[ours] = load_our_g
+    trial = street.train.first(1_000)
+    untrained = copy.deepcopy(model.state_dict())
+    was_training = model.training
+    model.to(device)
+    for origin, load in candidates.items():
+        try:
+            load(model)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            print(f"Not used: {origin}: {short_reason(error)}")
+            continue
+        found = percent_right(model, trial, device)
+        if found >= LEAST_G:
+            return origin
+        print(f"Not used: {origin}: {found:.1f} % right on {len(trial):,} training images.")
+    model.load_state_dict(untrained)
+    model.train(was_training)
+    return None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """model(z: N x z_dim, c: N x classes, truncation): N x 3 x size x size in -1..1; eval mode."""
+
+    model: nn.Module
+    name: str
+    title: str  # for captions: which model, whose weights
+    classes: list[str]
+    z_dim: int
+    size: int
+
+
+def load_biggan_deep(name: str, device: torch.device) -> Generator:
+    """DeepMind's 'biggan-deep-256' or '-128' on ImageNet (Brock et al. 2019), about 0.2 GB.
+
+    Raises ImportError without pytorch-pretrained-biggan, DataError without the file, RuntimeError
+    for a file that does not fit.
+    """
+    from pytorch_pretrained_biggan import BigGAN, BigGANConfig
+    from torchvision.models import ResNet18_Weights
+
+    config = BigGANConfig()  # the library's default is the 128 model
+    if name == "biggan-deep-256":
+        config.output_dim = 256
+        config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
+        path = download_weights([BIGGAN_256], runs_folder() / f"{name}.bin", BIGGAN_256_SHA256)
+    else:
+        source = from_hub(BIGGAN_128_MIRROR, "pytorch_model.bin", runs_folder() / name)
+        path = fetch_first(name, source, "run again with a network")
+    # Key for key; the library's from_pretrained accepts any file.
+    model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
+    side = config.output_dim
+    title = f"BigGAN-deep {side} x {side} (ImageNet, DeepMind's weights)"
+    names = list(ResNet18_Weights.DEFAULT.meta["categories"])  # ImageNet's, in index order
+    return Generator(model, name, title, names, config.z_dim, side)
+
+
+def load_digit_generator(device: torch.device) -> Generator:
+    """The digit BigGAN that offline/training/train_digit_biggan.py trained, 32 x 32.
+
+    Raises DataError without the folder offline/, ImportError without pytorch-pretrained-biggan.
+    """
+    require_offline("The digit BigGAN")
+    from offline import digit_biggan
+
+    model = digit_biggan.load_digit_biggan(device).requires_grad_(False)
+    title = "digit BigGAN 32 x 32 (trained in this project)"
+    classes = list(digit_biggan.DIGIT_CLASSES)
+    return Generator(model, "biggan-digits-32", title, classes, digit_biggan.Z_DIM, 32)
+
+
+def load_generator(name: str, device: torch.device) -> Generator:
+    """The generator of that name. Raises ValueError that lists the names, or as its loader."""
+    if name == "digits":
+        return load_digit_generator(device)
+    if name in ("biggan-deep-256", "biggan-deep-128"):
+        return load_biggan_deep(name, device)
+    raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
+
+
+def load_biggan(wanted: str, profile: str, device: torch.device) -> tuple[Generator | None, str]:
+    """The generator of that name, or with 'auto' the best that can be had, or None.
+
+    'auto': BigGAN-deep in a full run that may use the network, then the digit model of offline/.
+    Also returns why not a better one, "" where there is none better. Raises an error for a name
+    that cannot be had, none for 'auto'.
+    """
+    if wanted != "auto":
+        return load_generator(wanted, device), ""
+    names = ["biggan-deep-256", "biggan-deep-128", "digits"]
+    reasons = []
+    if profile != "full" or setting("A3_DATA") == "embedded":
+        names = ["digits"]
+        reasons.append("only a full run on real data downloads BigGAN-deep")
+    for name in names:
+        try:
+            return load_generator(name, device), "; ".join(reasons)
+        except DataError as error:
+            first_line = str(error).splitlines()[0]
+            reasons.append(first_line.removesuffix("."))
+        except Exception as error:  # an optional part stops no notebook
+            reasons.append(f"{name} cannot be loaded ({short_reason(error)})")
+    return None, "; ".join(reasons)
+
+
+# ---- Training ----
+#
+# A fingerprint says whether a stored training is the one that is asked for. It covers all that the
+# parts reach: values by content, the project's functions and classes by their source text and by
+# what that text uses. Byte code, memory addresses, folders and devices do not count, as they change
+# from one machine or Python version to the next.
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits of all that decides what `parts` do: values, source texts, what those use.
+
+    The project's own functions and classes are followed into everything that they call. Those of
+    Python and of installed packages count by their names.
+    """
+    known: dict[int, tuple[object, bytes]] = {}  # keeps each part alive, so that ids stay unique
+
+    def digest(part: object) -> bytes:
+        if id(part) not in known:
+            known[id(part)] = part, b"a part that contains itself"
+            content = describe(part)
+            if isinstance(content, list):
+                content = b"".join(digest(one) for one in content)
+            kind = type(part).__qualname__.encode()
+            known[id(part)] = part, hashlib.sha256(kind + b":" + content).digest()
+        return known[id(part)][1]
+
+    return digest(parts).hex()[:16]
+
+
+@singledispatch
+def describe(part: object) -> bytes | list:
+    """What a fingerprint covers of `part`: its bytes, or further parts.
+
+    This one is for instances without a rule of their own: what pickle would store of them.
+    """
+    if hasattr(part, "__wrapped__"):  # functools.cache, classmethod, staticmethod
+        return [part.__wrapped__]
+    try:
+        stored = part.__reduce_ex__(2)
+    except Exception:  # a lock, a file, a stream: nothing that decides a number
+        return []
+    if isinstance(stored, str):
+        return [stored]
+    return [list(one) if isinstance(one, Iterator) else one for one in stored]
+
+
+@describe.register
+def describe_value(part: int | float | complex | str | NoneType) -> bytes:
+    return repr(part).encode()
+
+
+@describe.register
+def describe_bytes(part: bytes) -> bytes:
+    return part
+
+
+@describe.register
+def describe_list(part: list | tuple) -> list:
+    return list(part)
+
+
+@describe.register
+def describe_set(part: set | frozenset) -> list:
+    return sorted(part, key=repr)
+
+
+@describe.register
+def describe_dict(part: dict) -> list:
+    return sorted(part.items(), key=lambda item: repr(item[0]))
+
+
+@describe.register
+def describe_path(part: PurePath) -> list:
+    return [part.name if part.suffix else ""]  # folders do not count
+
+
+@describe.register
+def describe_device(part: torch.device) -> list:
+    return []
+
+
+@describe.register
+def describe_array(part: np.ndarray | np.generic) -> list:
+    if part.dtype.hasobject:
+        return [part.tolist()]
+    return [part.dtype.str, part.shape, hashlib.sha256(part.tobytes()).digest()]
+
+
+@describe.register
+def describe_tensor(part: Tensor) -> list:
+    content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    shape = tuple(part.shape)
+    return [str(part.dtype), shape, part.requires_grad, hashlib.sha256(content).digest()]
+
+
+@describe.register
+def describe_network(part: nn.Module) -> list:
+    inherited = vars(nn.Module())
+    attributes = {name: value for name, value in vars(part).items() if name not in inherited}
+    weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    return [type(part), part.training, list(part.named_children()), weights, attributes]
+
+
+@describe.register
+def describe_module(part: ModuleType) -> list:
+    return [part.__name__]
+
+
+@describe.register
+def describe_property(part: property) -> list:
+    return [part.fget]
+
+
+@describe.register
+def describe_method(part: MethodType) -> list:
+    return [part.__func__, part.__self__]
+
+
+@describe.register
+def describe_function(part: FunctionType) -> list:
+    # By its globals: a decorator like torch.no_grad() names itself after what it decorates.
+    if not is_ours(part.__globals__.get("__name__")):
+        return [part.__qualname__, getattr(part, "__wrapped__", None)]
+    defaults = [part.__defaults__, part.__kwdefaults__]
+    return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
+
+
+@describe.register
+def describe_class(part: type) -> list:
+    if not is_ours(part.__module__):
+        return [part.__module__, part.__qualname__]
+    members = {name: value for name, value in vars(part).items() if is_written(name, value)}
+    fields = vars(part).get("__dataclass_fields__", {})
+    factories = {name: one.default_factory for name, one in fields.items()}
+    return [part.__qualname__, part.__bases__, members, factories]
+
+
+@describe.register
+def describe_code(part: CodeType) -> list:
+    text = source_text(part)
+    if text is None:  # typed at a prompt, or several lambdas on a line: byte code is left
+        return [part.co_code, part.co_names, part.co_consts]
+    return [text, part.co_varnames[: part.co_argcount + part.co_kwonlyargcount]]
+
+
+def is_ours(module: str | None) -> bool:
+    """Whether a module is the project's own: not Python's and not an installed package's."""
+    top = (module or "__main__").partition(".")[0]
+    if top == "__main__":  # a notebook's or script's; in a worker, __main__ itself is another
+        return True
+    if top in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def is_written(name: str, member: object) -> bool:
+    """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
+    if not name.startswith("__"):
+        return name != "_abc_impl"
+    if not isinstance(member, FunctionType):
+        return False
+    function = inspect.unwrap(member)
+    module = function.__globals__.get("__name__")
+    return is_ours(module) and function.__code__.co_filename != "<string>"
+
+
+def source_text(code: CodeType) -> str | None:
+    """The text that `code` was compiled from, or None where that cannot be told."""
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename)
+    first = code.co_firstlineno
+    if first > len(lines):
+        return None
+    if code.co_name != "<lambda>":
+        return "".join(inspect.getblock(lines[first - 1 :]))
+    text = "".join(lines)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Lambda)]
+    on_this_line = [node for node in nodes if node.lineno == first]
+    return ast.get_source_segment(text, on_this_line[0]) if len(on_this_line) == 1 else None
+
+
+def names_used(code: CodeType) -> set[tuple[str, str]]:
+    """The global names that `code` reads, each with the attribute that is read from it, or ''."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    names = set()
+    for step, following in itertools.pairwise(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            names.add((step.argval, following.argval if is_dotted else ""))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function or comprehension inside
+            names |= names_used(constant)
+    return names
+
+
+def used_globals(function: FunctionType) -> dict[str, object]:
+    """The global values that `function` uses; of our modules, such as utils, only what it uses."""
+    values = {}
+    for name, attribute in names_used(function.__code__):
+        if name.startswith("__") or name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and attribute and is_ours(value.__name__):
+            values[f"{name}.{attribute}"] = getattr(value, attribute, None)
+        else:
+            values[name] = value
+    return values
+
+
+def enclosed(function: FunctionType) -> dict[str, object]:
+    """The values that `function` takes from the function around it."""
+    values = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            values[name] = cell.cell_contents
+    return values
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -452,8 +1076,9 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-# One dict an epoch: 'epoch', 'seconds', training means, evaluations.
+# One dict an epoch: 'epoch', 'seconds', the training's means ('train_loss', ...), evaluations.
 History = list[dict[str, float]]
+SECONDS_BETWEEN_SAVES = 10
 
 
 @dataclass
@@ -465,25 +1090,143 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
 
-    def checkpoint(self, history: History) -> bytes:
-        """The content of a file that holds this state and `history`."""
-        states = {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
+
+@dataclass(frozen=True)
+class Plan:
+    """How `fit` trains.
+
+    name: for people, 'SVHN, augmented, seed 1'. steps: batches an epoch. schedule: 'constant', or
+    'onecycle' (Smith and Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is
+    plain Adam. evaluate(model): figures after each epoch.
+    """
+
+    name: str
+    epochs: int
+    steps: int
+    seed: int = 0
+    lr: float = 1e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+
+
+@dataclass
+class Run:
+    """The run of the notebook that goes on: see `start_run`."""
+
+    profile: str = ""
+    first_line: str = ""
+    display: DisplayHandle | None = None  # of the first line
+    time_is_told: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)  # of each step, by its title
+    stored: list[str] = field(default_factory=list)  # names of stored trainings that were used
+
+
+_run = Run()
+
+
+def start_run(profile: str, *data_names: str) -> None:
+    """Show the first line of a run: its profile, data, machine and precision."""
+    dtype = str(precision(default_device())).removeprefix("torch.")
+    jobs = n_jobs()
+    at_once = "1 training at a time" if jobs == 1 else f"{jobs} trainings at a time"
+    data = " and ".join(data_names)
+    _run.profile = profile
+    _run.first_line = f"Profile {profile}, on {data}: {machine()}, {dtype}, {at_once}."
+    _run.display = show_line(_run.first_line)
+    _run.time_is_told = False
+    _run.seconds = {}
+    _run.stored = []
+
+
+def stored_trainings() -> list[str]:
+    """Names of the trainings that came from checkpoints since `start_run`, whole or in part."""
+    return list(dict.fromkeys(_run.stored))
+
+
+def step_seconds() -> dict[str, float]:
+    """Seconds of each step (`title` of `run_parallel`) since `start_run`."""
+    return {title: round(seconds, 1) for title, seconds in _run.seconds.items()}
+
+
+def new_training(model: nn.Module, plan: Plan) -> Training:
+    """Optimizer, schedule and scaler for `model`. ValueError for a schedule that is not known."""
+    if plan.epochs < 1 or plan.steps < 1:
+        raise ValueError(f"{plan.name}: epochs={plan.epochs}, steps={plan.steps}: at least 1 each.")
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=plan.lr,
+        weight_decay=plan.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    if plan.schedule == "constant":
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    elif plan.schedule == "onecycle":
+        total = plan.epochs * plan.steps
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
+    else:
+        raise ValueError(f"schedule={plan.schedule!r} is not known: 'constant' or 'onecycle'.")
+    scaler = torch.amp.GradScaler("cuda", enabled=precision(device) == torch.float16)
+    return Training(model, optimizer, scheduler, scaler)
+
+
+class Checkpointer:
+    """Stores a training and its history in one file."""
+
+    def __init__(self, path: Path, training: Training) -> None:
+        self.path = path
+        self.training = training
+        self.unsaved = b""
+        self.saved_at = time.monotonic()
+
+    def pack(self, history: History) -> bytes:
+        """A checkpoint's content."""
+        checkpoint = {
+            "model": self.training.model.state_dict(),
+            "optimizer": self.training.optimizer.state_dict(),
+            "scheduler": self.training.scheduler.state_dict(),
+            "scaler": self.training.scaler.state_dict(),
+            "history": history,
+        }
         file = io.BytesIO()
-        torch.save({"training": states, "history": history}, file)
+        torch.save(checkpoint, file)
         return file.getvalue()
 
-    def restore(self, content: bytes) -> History:
-        """Put the state of a checkpoint back; its history. Raises for another training's."""
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        for name in self.__dataclass_fields__:
-            getattr(self, name).load_state_dict(state["training"][name])
-        return list(state["history"])
+    def unpack(self, content: bytes) -> History:
+        """Put a checkpoint's state back. Raises one of many errors where it does not fit."""
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        self.training.model.load_state_dict(checkpoint["model"])
+        self.training.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.training.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.training.scaler.load_state_dict(checkpoint["scaler"])
+        return list(checkpoint["history"])
 
+    def load(self) -> History:
+        """The history so far, with the state put back; empty where there is no usable file."""
+        if not self.path.exists():
+            return []
+        beginning = self.pack([])  # as loading may fail half way
+        try:
+            return self.unpack(self.path.read_bytes())
+        except Exception as error:
+            kind = type(error).__name__
+            warn(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
+            return self.unpack(beginning)
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The forward pass's precision, by `precision_policy`."""
-    dtype = precision_policy(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    def keep(self, history: History) -> None:
+        """Take the state after an epoch; short epochs share a file, as Drive keeps every one."""
+        self.unsaved = self.pack(history)
+        if time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the last state that was kept, unless that is done."""
+        if self.unsaved:
+            write_or_warn(self.path, lambda part: part.write_bytes(self.unsaved))
+        self.unsaved = b""
+        self.saved_at = time.monotonic()
 
 
 def fit(
@@ -491,133 +1234,62 @@ def fit(
     model: nn.Module,
     batches: Callable[[int], Iterable],
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
-    *,
-    epochs: int,
-    steps_per_epoch: int,
-    run: str,
-    settings: object,
-    lr: float = 1e-3,
-    schedule: str = "constant",
-    weight_decay: float = 0.0,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    seed: int = 0,
+    plan: Plan,
 ) -> History:
-    """Train `model` by the notebook's loop `train_epoch`, with AdamW; resume where it stopped.
+    """Train `model` by the notebook's loop `train_epoch`, with AdamW; continue a stored training.
 
-    batches(epoch) yields `steps_per_epoch` batches, always the same ones; evaluate(model) gives
-    figures after each epoch. schedule: 'constant', or 'onecycle' (Smith and Topin 2018) with `lr`
-    as its peak. weight_decay: decoupled (AdamW); 0 is plain Adam.
-
-    Checkpoints in `runs_folder` are named after `run` and a fingerprint of the arguments, the
-    model's text and its first weights. `settings` must name all else that decides the numbers: the
-    recipe, the fingerprint of the data. Raises FloatingPointError when the loss is not finite.
+    batches(epoch) yields `plan.steps` batches, always the same ones. The file in `runs_folder` is
+    named after a fingerprint of everything that decides the numbers, so what is changed trains
+    again. Raises FloatingPointError when the loss is not finite; finished epochs are kept.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {epochs}.")
-    arguments = [epochs, steps_per_epoch, lr, schedule, weight_decay, seed, settings]
-    key = fingerprint(arguments, repr(model), model.state_dict())
-    path = runs_folder() / f"{run}-{key}.pt"
-    training = _start(model, epochs * steps_per_epoch, lr, schedule, weight_decay)
-    history = _resume(path, training, run)
-    saved, waiting = time.monotonic(), b""
-
-    def save() -> None:
-        keep(path, lambda part: part.write_bytes(waiting))
-
+    settings = [plan.epochs, plan.steps, plan.seed, plan.lr, plan.schedule, plan.weight_decay]
+    settings += [plan.evaluate, setting("A3_PRECISION")]
+    key = fingerprint(
+        train_epoch, model, batches, loss_fn, settings, new_training, run_epoch, epoch_generator
+    )
+    file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
+    training = new_training(model, plan)
+    checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
+    history = checkpointer.load()
+    if history:
+        _run.stored.append(plan.name)
+        _progress.advance(len(history), stored=True)
     try:
-        for epoch in range(len(history), epochs):
+        for epoch in range(len(history), plan.epochs):
             started = time.perf_counter()
-            # Dropout draws from the global stream: seeded here, resuming is exact.
-            seed_everything(epoch_generator(seed, epoch).initial_seed() % 2**63)
-            means = train_epoch(training, batches(epoch), loss_fn)
-            if not math.isfinite(means["loss"]):
-                raise FloatingPointError(
-                    f"{run}: loss {means['loss']} in epoch {epoch + 1}; {len(history)} epochs are "
-                    f"kept. Use a smaller learning rate than {lr:g}, or A3_PRECISION=fp32."
-                )
-            row = {f"train_{name}": value for name, value in means.items()}
-            row |= evaluate(model) if evaluate else {}
+            row = run_epoch(partial(train_epoch, training, batches(epoch), loss_fn), plan, epoch)
+            row |= plan.evaluate(model) if plan.evaluate else {}
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch + 1, "seconds": seconds, **row})
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            _tell(f"{run}: epoch {epoch + 1}/{epochs}, {shown}")
-            waiting = training.checkpoint(history)
-            # Short epochs share a file: a mounted Drive keeps every replaced one as trash.
-            if time.monotonic() - saved > 10:
-                save()
-                saved, waiting = time.monotonic(), b""
-    finally:
-        if waiting:  # the end, an error or an interrupt: no finished epoch is lost
-            save()
+            checkpointer.keep(history)
+            _progress.advance(1)
+    finally:  # the end, an error or an interrupt: no finished epoch is lost
+        checkpointer.flush()
     model.eval()
     return history
 
 
-def _start(model: nn.Module, steps: int, lr: float, schedule: str, weight_decay: float) -> Training:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    device = next(model.parameters()).device
-    # A pixel's channels together: faster convolutions, same numbers.
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        trained, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    make_schedule = {
-        "constant": partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
-        "onecycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=lr, total_steps=steps),
-    }[schedule]
-    scaler = torch.amp.GradScaler("cuda", enabled=precision_policy(device) == torch.float16)
-    return Training(model, optimizer, make_schedule(optimizer), scaler)
+def run_epoch(
+    train_epoch: Callable[[], dict[str, float]], plan: Plan, epoch: int
+) -> dict[str, float]:
+    """The means of one epoch, as 'train_' figures. Raises FloatingPointError for a bad loss."""
+    # Dropout draws from the global stream: seeded here, resuming is exact.
+    seed_everything(epoch_generator(plan.seed, epoch).initial_seed())
+    means = train_epoch()
+    if not math.isfinite(means["loss"]):
+        raise FloatingPointError(
+            f"{plan.name}: the loss became {means['loss']} in epoch {epoch + 1}; {epoch} epochs "
+            f"are kept. Use a smaller learning rate than {plan.lr:g}, or A3_PRECISION=fp32."
+        )
+    return {f"train_{name}": value for name, value in means.items()}
 
 
-def _resume(path: Path, training: Training, run: str) -> History:
-    if not path.exists():
-        return []
-    first = training.checkpoint([])  # loading may fail half way
-    try:
-        history = training.restore(path.read_bytes())
-    except Exception as error:
-        notice(f"Checkpoint {path.name} is no use ({type(error).__name__}): training starts again.")
-        return training.restore(first)
-    _tell(f"{run}: resumed after epoch {len(history)}")
-    return history
+# ---- Parallel runs ----
 
+Result = TypeVar("Result")
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """`model` with the state dict of a file (fp16 becomes the model's type), in eval mode.
-
-    Raises FileNotFoundError, or RuntimeError that names a damaged or foreign file.
-    """
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"{path} is not a file of these weights: {error}") from error
-    return model.eval()
-
-
-# ---- Trainings side by side ----
-
-
-def progress_file() -> Path:
-    """The file with a line an epoch, of all processes: A3_PROGRESS, else a new one."""
-    if not os.environ.get("A3_PROGRESS"):
-        os.environ["A3_PROGRESS"] = tempfile.mkstemp(prefix="a3-progress-")[1]
-    return Path(os.environ["A3_PROGRESS"])
-
-
-def _tell(line: str) -> None:
-    with contextlib.suppress(OSError), progress_file().open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def jobs_at_once() -> int:
-    """One training on a GPU, else one a core that memory allows."""
-    if default_device().type == "cuda":
-        return 1
-    return max(1, min(joblib.cpu_count(), int(psutil.virtual_memory().available / 1.5e9)))
-
-
+MEMORY_OF_A_TRAINING = 1.5e9  # bytes, with the libraries
+CGROUPS = Path("/sys/fs/cgroup")
 # For workers: glibc gives freed memory back at once, which costs a quarter of a training's time
 # in page faults (12.2 against 8.9 s).
 WORKER_SETTINGS = {
@@ -626,393 +1298,980 @@ WORKER_SETTINGS = {
     "MALLOC_TOP_PAD_": str(2**28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+# Minutes of each step of the notebook, by its title, on one machine: from the ratios and the first
+# epochs of the first step, the time of the whole run is known on any machine.
+STEP_MINUTES: dict[str, dict[str, float]] = {
+    "full": {
+        "1 (b) recipes": 2.0,
+        "1 (b)": 20.5,
+        "1 (c) sharing": 4.0,
+        "1 (c)": 20.5,
+        "1 (d) recipes": 1.2,
+        "1 (d)": 7.5,
+        "1 (d) sizes": 3.6,
+        "1 (e) variants": 4.0,
+        "1 (e)": 1.0,
+        "all else": 3.0,
+    },
+    "short": {
+        "1 (b) recipes": 0.5,
+        "1 (b)": 2.2,
+        "1 (c) sharing": 0.5,
+        "1 (c)": 3.4,
+        "1 (d) recipes": 0.5,
+        "1 (d)": 1.0,
+        "1 (d) sizes": 0.6,
+        "1 (e) variants": 2.6,
+        "1 (e)": 0.4,
+        "all else": 3.0,
+    },
+}
 
 
-def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int | None = None) -> dict[str, Any]:
-    """Run independent trainings, `jobs` at a time (None: `jobs_at_once`), one thread each.
+def group_memory(folder: Path) -> float:
+    """Bytes that a control group (a container) may still take; infinity where nothing limits it."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if not (folder / names[0]).exists():  # version 1
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    try:
+        limit = int((folder / names[0]).read_text(encoding="utf-8"))
+        used = int((folder / names[1]).read_text(encoding="utf-8"))
+        lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # no such group, or its limit is 'max'
+        return math.inf
+    facts = dict(line.split() for line in lines)
+    return limit - used + int(facts.get(names[2], 0))  # files in memory make room
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take: of the machine, and of each group it is in."""
+    free = [psutil.virtual_memory().available]
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        groups = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        if "memory" in controllers or not controllers:
+            folder = root / path.lstrip("/")
+            free += [group_memory(one) for one in (folder, *folder.parents)]
+    return min(free)
+
+
+def n_jobs() -> int:
+    """How many trainings run at once: one on a GPU, else A3_JOBS, else one a core that fits."""
+    if default_device().type == "cuda":
+        return 1
+    fitting = int(free_memory() / MEMORY_OF_A_TRAINING)
+    return setting_jobs() or max(1, min(available_cores(), fitting))
+
+
+class Progress:
+    """The epochs of one task, for the bar of `run_parallel`: a byte each in the task's file."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self.epochs_left = 0
+
+    def start(self, file: Path, epochs: int) -> None:
+        file.touch()
+        self.file = file
+        self.epochs_left = epochs
+
+    def advance(self, count: int, stored: bool = False) -> None:
+        count = min(count, self.epochs_left)
+        if self.file is None or count == 0:
+            return
+        self.epochs_left -= count
+        with contextlib.suppress(OSError), self.file.open("ab") as file:
+            file.write((b"s" if stored else b"t") * count)
+
+    def finish(self) -> None:
+        self.advance(self.epochs_left)
+        self.file = None
+
+
+_progress = Progress()  # of the task that this process works on
+
+
+def run_parallel(
+    tasks: dict[Hashable, Callable[[], Result]],
+    *,
+    title: str,
+    epochs: int = 1,
+    jobs: int | None = None,
+) -> dict[Hashable, Result]:
+    """Run independent trainings, `jobs` at a time (None: `n_jobs`), one thread each.
 
     Each task is a function without arguments, which may be defined in a notebook (joblib's loky
-    sends it). Results come in the order of `tasks`, and are the same whatever the number of jobs.
-    Raises RuntimeError that names the task that failed.
+    sends it), and trains for `epochs` epochs. One progress bar, `title`, is over all of them.
+    Results come in the order of `tasks`, and are the same whatever the number of jobs. Raises
+    RuntimeError that names the task that failed.
     """
-    jobs = min(jobs or jobs_at_once(), len(tasks))
-    with _progress_shown(len(tasks)), warnings.catch_warnings():
-        if jobs <= 1:
-            return {name: _run_task(name, task) for name, task in tasks.items()}
-        # loky replaces workers whose memory has grown.
-        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
-        os.environ |= WORKER_SETTINGS | os.environ
-        # Futures wait without polling; joblib.Parallel polls with a tenth of a core.
-        executor = get_reusable_executor(max_workers=jobs)
-        futures = {name: executor.submit(_run_task, name, task) for name, task in tasks.items()}
-        try:
-            return {name: future.result() for name, future in futures.items()}
-        except BaseException:
-            executor.shutdown(wait=False, kill_workers=True)
-            raise
+    jobs = min(jobs or n_jobs(), len(tasks))
+    stored_before = len(_run.stored)
+    with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        prepared = {
+            key: partial(run_task, task, task_name(key), folder / str(number), epochs)
+            for number, (key, task) in enumerate(tasks.items())
+        }
+        with StepDisplay(title, len(tasks) * epochs, folder) as step, warnings.catch_warnings():
+            # loky replaces workers whose memory has grown.
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+            if jobs <= 1:
+                results = {key: task() for key, task in prepared.items()}
+            else:
+                results = run_in_workers(prepared, jobs)
+            step.finish(len(tasks), len(_run.stored) - stored_before)
+    return results
 
 
-def _run_task(name: str, task: Callable[[], Any]) -> Any:
+def task_name(key: Hashable) -> str:
+    """The name of a task in messages: ('SVHN', 'tuned', 1) is 'SVHN, tuned, 1'."""
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def run_task(task: Callable[[], Result], name: str, file: Path, epochs: int) -> Result:
+    """The task's result, from one thread; its progress goes into `file`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
+    _progress.start(file, epochs)
     try:
         return task()
     except Exception as error:
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
     finally:
+        _progress.finish()
         torch.set_num_threads(threads)
-        _tell(f"{name}: done")
 
 
-@contextlib.contextmanager
-def _progress_shown(count: int) -> Iterator[None]:
-    """One output, rewritten while trainings run: the last line of each."""
-    if not hasattr(get_ipython(), "kernel"):
-        yield
-        return
-    stop, start = threading.Event(), progress_file().stat().st_size
-    handle = display({"text/plain": "training ..."}, raw=True, display_id=True)
-
-    def follow() -> None:
-        while not stop.wait(1.0):
-            lines = progress_file().read_bytes()[start:].decode("utf-8", "replace").splitlines()
-            last = {line.split(":")[0]: line for line in lines if not line.endswith(": done")}
-            done = sum(line.endswith(": done") for line in lines)
-            text = "\n".join([f"{done} of {count} done", *list(last.values())[-4:]])
-            handle.update({"text/plain": text}, raw=True)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
+def run_in_workers(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
+    """The results of prepared tasks, from `jobs` processes."""
+    settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
+    executor = get_reusable_executor(
+        max_workers=jobs,
+        env=WORKER_SETTINGS | settings,  # other settings start other workers
+        job_reducers={CodeType: pack_code},
+        result_reducers={CodeType: pack_code},
+    )
+    # A notebook's cells are no files: workers need their text, for fingerprints.
+    cells = {name: text for name, text in linecache.cache.items() if text[1:2] == (None,)}
+    waiting = list(tasks)
+    running: dict[Future, Hashable] = {}
+    results = {}
     try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        handle.update({"text/plain": ""}, raw=True)
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                key = waiting.pop(0)
+                running[executor.submit(work, tasks[key], cells)] = key
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                results[running[future]], stored = future.result()
+                del running[future]
+                _run.stored += stored
+    except BrokenExecutor as error:
+        names = "; ".join(task_name(key) for key in running.values())
+        raise RuntimeError(
+            "The system ended a process, as it does when memory runs out, during: "
+            f"{names}. Set A3_JOBS=1 to run one training at a time; finished epochs are kept."
+        ) from error
+    except BaseException:
+        executor.shutdown(wait=False, kill_workers=True)
+        raise
+    return {key: results[key] for key in tasks}
 
 
-# ---- Evaluation, figures, tables and text ----
+def pack_code(code: CodeType) -> tuple:
+    """How pickle stores code for a worker: with its file's name, which cloudpickle leaves out."""
+    return marshal.loads, (marshal.dumps(code),)
+
+
+def work(task: Callable[[], Result], cells: dict[str, tuple]) -> tuple[Result, list[str]]:
+    """In a worker: the task's result and the names of the stored trainings that it used."""
+    linecache.cache.update(cells)
+    _run.stored.clear()
+    return task(), _run.stored
+
+
+class DisplayStream:
+    """A file for tqdm: what is written replaces the text of a notebook's display.
+
+    So the saved notebook keeps one line of a step. (A carriage return would keep every state of
+    the bar there, a widget would be empty in the PDF, and stderr is shown in red.)
+    """
+
+    def __init__(self, handle: DisplayHandle) -> None:
+        self.handle = handle
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            # Not saved; says to who runs the notebook on a terminal that this text will change.
+            about = {"progress": True}
+            self.handle.update({"text/plain": text.strip()}, raw=True, transient=about)
+
+    def flush(self) -> None:
+        """tqdm asks for it."""
+
+
+class StepDisplay:
+    """The bar of one `run_parallel`, kept up to date by a thread, and the line when it ends."""
+
+    def __init__(self, title: str, epochs: int, folder: Path) -> None:
+        self.title, self.epochs, self.folder = title, epochs, folder
+        self.started = time.perf_counter()
+        self.first_epochs: tuple[float, int] | None = None  # when some were done, and how many
+        self.text = f"{title}: stopped"
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def __enter__(self) -> StepDisplay:
+        self.handle = display(display_id=True) if in_kernel() else None
+        file = DisplayStream(self.handle) if self.handle else sys.stdout
+        # disable=None: no bar in a log file
+        self.bar = tqdm(
+            total=self.epochs, desc=self.title, unit="epoch", file=file, leave=False, disable=None
+        )
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.bar.close()
+        if self.handle:
+            self.handle.update({"text/plain": self.text}, raw=True)
+        else:
+            print(self.text, flush=True)
+
+    def follow(self) -> None:
+        """Until the step ends: count the epochs in the tasks' files."""
+        while not self.ended.wait(0.5):
+            done = b"".join(file.read_bytes() for file in self.folder.iterdir())
+            self.bar.update(len(done) - self.bar.n)
+            if b"s" not in done:  # stored epochs take no time
+                self.estimate(len(done))
+
+    def estimate(self, trained: int) -> None:
+        """Tell how long the run will take, once a tenth of this step's epochs tell their time."""
+        now = time.perf_counter()
+        if trained and self.first_epochs is None:
+            self.first_epochs = now, trained  # before them, the workers started
+        if self.first_epochs is None or trained - self.first_epochs[1] < self.epochs / 10:
+            return
+        then, before = self.first_epochs
+        seconds_an_epoch = (now - then) / (trained - before)
+        tell_time(self.title, then - self.started + (self.epochs - before) * seconds_an_epoch)
+
+    def finish(self, trainings: int, stored: int) -> None:
+        """The step has its results: compose the line that stays."""
+        seconds = time.perf_counter() - self.started
+        _run.seconds[self.title] = seconds
+        duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+        word = "training" if trainings == 1 else "trainings"
+        self.text = f"{self.title}: {trainings} {word} in {duration}"
+        if stored:
+            folder = runs_folder()
+            self.text += f", {stored} of them stored: delete the folder {folder} to train again"
+        else:
+            tell_time(self.title, seconds)
+
+
+def tell_time(title: str, seconds: float) -> None:
+    """Once in a run: how long the whole takes, from the `seconds` of its step `title`."""
+    minutes = STEP_MINUTES.get(_run.profile, {})
+    if _run.time_is_told or title not in minutes:
+        return
+    _run.time_is_told = True
+    whole = max(1, round(seconds / 60 * sum(minutes.values()) / minutes[title]))
+    text = f"The whole run takes about {whole} minute{'s' * (whole > 1)} on this machine."
+    if _run.display:
+        _run.display.update({"text/plain": f"{_run.first_line} {text}"}, raw=True)
+    else:
+        tqdm.write(text)
+
+
+# ---- Display ----
+
+
+def in_kernel() -> bool:
+    """Whether this runs in a notebook's kernel, not in a script or on a terminal."""
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def show_line(text: str) -> DisplayHandle | None:
+    """Show a line: in a notebook as a display that can change, else printed."""
+    if in_kernel():
+        return display({"text/plain": text}, raw=True, display_id=True)
+    print(text, flush=True)
+    return None
+
+
+def show(data: dict[str, str], metadata: dict, at: DisplayHandle | None = None) -> None:
+    """Show data by its media types, in the place `at` if given; a script prints the plain text."""
+    if get_ipython() is None:
+        print(data["text/plain"])
+    elif at is None:
+        display(data, raw=True, metadata=metadata)
+    else:
+        at.update(data, raw=True, metadata=metadata)
+
+
+def show_markdown(text: str) -> None:
+    """Show computed text as Markdown."""
+    show({"text/markdown": text, "text/plain": text}, {})
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], split: Split, batch_size: int = 512) -> Tensor:
-    """Outputs of `model` for every image of `split`, in order, float32 on the CPU.
-
-    A module is in eval mode for the time of the call, and then as it was.
-    """
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    training = module.training
-    device = next((p.device for p in module.parameters()), default_device())
-    module.eval()
+def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
+    """Outputs of `model`, in eval mode, for every image of `split`, in order: float32, CPU."""
+    was_training = model.training
+    device = next((parameter.device for parameter in model.parameters()), default_device())
+    model.eval()
     outputs = []
     with autocast(device):
         for chunk in split.images.split(batch_size):
             images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
             outputs.append(model(images).float())
-    module.train(training)
+    model.train(was_training)
     return torch.cat(outputs).cpu()
 
 
-_figures = 0
-
-
-def start_figures() -> None:
-    """The look of every figure of the notebook; their numbers begin at 1."""
-    global _figures
-    _figures = 0
+def set_figure_style() -> None:
+    """The look of every figure of the notebook."""
     plt.rcParams.update(
-        {"figure.dpi": 100, "font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5,
-         "image.cmap": "gray", "svg.hashsalt": "assignment3"}
-    )  # fmt: skip
+        {
+            "figure.dpi": 100,
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "legend.fontsize": 8.5,
+            "image.cmap": "gray",
+            "svg.hashsalt": "assignment3",  # the same file from the same figure
+        }
+    )
 
 
-def save_figure(figure: plt.Figure, name: str, caption: str, photo: bool = False) -> None:
-    """Number, save (in the runs folder's figures/), show and close a figure.
+def show_figure(
+    figure: plt.Figure, number: int, name: str, caption: str, photo: bool = False
+) -> None:
+    """Show, save (in the runs folder's figures/) and close a figure.
 
     Plots are SVG; `photo` makes a PNG of 220 dpi. The caption is also the alternative text.
     """
-    global _figures
-    _figures += 1
-    text, kind = f"Figure {_figures}. {caption}", "png" if photo else "svg"
-    file, info = io.BytesIO(), {"Software": None} if photo else {"Date": None}
-    figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=info)
-    data, about = file.getvalue(), {"caption": text}
-    keep(runs_folder() / "figures" / f"{name}.{kind}", lambda part: part.write_bytes(data))
+    text = f"Figure {number}. {caption}"
+    kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
+    file = io.BytesIO()
+    about = {"Title": text, "Software": None} if photo else {"Title": text, "Date": None}
+    figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=about)
+    content = file.getvalue()
+    write_or_warn(
+        runs_folder() / "figures" / f"{name}.{kind}", lambda part: part.write_bytes(content)
+    )
+    metadata = {"caption": text, media_type: {"alt": text}}
     if photo:
-        about["image/png"] = {"width": round(96 * figure.get_figwidth())}
-        bundle = {"image/png": base64.b64encode(data).decode()}
-    else:
-        bundle = {"image/svg+xml": data.decode()}
-    _show(bundle | {"text/plain": text}, about)
-    _show({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
+        metadata[media_type]["width"] = round(96 * figure.get_figwidth())
+    image = base64.b64encode(content) if photo else content
+    show({media_type: image.decode(), "text/plain": text}, metadata)
+    if get_ipython() is not None:  # where the image is shown, the caption follows
+        show({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
     plt.close(figure)
 
 
-def _show(bundle: dict[str, str], metadata: dict | None = None) -> None:
-    display(bundle, raw=True, metadata=metadata or {})
+def show_table(
+    frame: pd.DataFrame, number: int, caption: str, at: DisplayHandle | None = None
+) -> None:
+    """Show a table below its caption; floats have two decimals.
+
+    `at`: the display of `display(..., display_id=True)` that it replaces.
+    """
+    text = f"Table {number}. {caption}"
+    show_frame(frame, text, {"caption": text}, at)
 
 
-def say(text: str) -> None:
-    """Show computed text as Markdown."""
-    _show({"text/markdown": text, "text/plain": text})
+def show_claims(claims: dict[str, bool]) -> None:
+    """Show which of the discussions' sentences hold in this run."""
+    held = {sentence: bool(holds) for sentence, holds in claims.items()}
+    words = ["holds" if holds else "does not hold" for holds in held.values()]
+    show_frame(pd.DataFrame({"claim": list(held), "in this run": words}), "", {"claims": held})
 
 
-def show_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Show a table as Markdown; columns of numbers are set to the right."""
-    columns = [[str(row[n]) for row in rows] for n in range(len(header))]
-    numeric = [all(re.search(r"\d|^$", cell) and len(cell) < 25 for cell in c) for c in columns]
-    lines = [header, [":---", *("---:" if n else ":---" for n in numeric[1:])], *rows]
-    say("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+def show_frame(
+    frame: pd.DataFrame, caption: str, metadata: dict, at: DisplayHandle | None = None
+) -> None:
+    """Show a frame as an HTML table: the first column to the left, the others to the right."""
+    cells = frame.map(cell_text)
+    with pd.option_context("display.max_colwidth", None):
+        page = cells.to_html(index=False, border=0, justify="right")
+        plain = cells.to_string(index=False)
+    page = page.replace("<th>", '<th style="text-align: left">', 1)
+    page = page.replace("<tr>\n      <td>", '<tr>\n      <td style="text-align: left">')
+    page = page.replace("<td>", '<td style="text-align: right">')
+    if caption:
+        start = f'<caption style="caption-side: top; text-align: left">{escape(caption)}</caption>'
+        page = page.replace("<thead>", f"{start}\n  <thead>", 1)
+        plain = f"{caption}\n{plain}"
+    show({"text/html": page, "text/plain": plain}, metadata, at)
 
 
-# ---- PDF: nbconvert reads Markdown, pandoc turns its HTML into typst, typst sets it ----
+def cell_text(value: object) -> str:
+    """A table's cell: floats with two decimals, nothing for NaN, true minus signs."""
+    if isinstance(value, float | np.floating):
+        value = "" if math.isnan(value) else f"{value:.2f}"
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", str(value))
 
-_STYLE = r"""
-#set page(margin: (x: 1.7cm, y: 1.25cm), footer:
+
+# ---- PDF: nbconvert makes HTML, pandoc turns it into Typst, typst sets it; no LaTeX ----
+
+COURSE = "COMP 499/691, Special Topics: Deep Learning"
+NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": "0.15.0"}
+LEFT_OUT = {"hide-pdf", "install", "helper-module", "export", "submission"}  # tags
+NAME_CELL = re.compile(r"(?m)^NAME *=(.*\n)*?STUDENT_NUMBER *=")
+IMAGES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
+NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
+WRAPPERS = (
+    ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"  # nbconvert's, around all
+)
+LONGEST_LINK = 1500  # letters; Typst refuses longer ones
+LONGEST_OUTPUT = 40  # lines
+TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
+TABLE_SIZE = 9  # pt
+STYLE = r"""
+#set page(paper: "a4", margin: (x: 1.8cm, y: 1.7cm), footer:
   context text(8pt)[#document.title #h(1fr) #counter(page).display("1 / 1", both: true)])
-#set text(9.4pt)
-#set par(justify: true, leading: 0.5em, spacing: 0.75em)
-#set table(stroke: (x: none, y: 0.3pt + gray), inset: (x: 5pt, y: 2.4pt))
-#show table: it => { set par(justify: false); set align(right); it }
+#set text(10pt)
+#set par(justify: true, leading: 0.55em, spacing: 0.85em)
+#show heading: set block(above: 1.3em, below: 0.7em)
+#show link: set text(navy)
+#show quote: it => block(width: 100%, fill: luma(242), inset: 6pt, spacing: 8.5pt, it.body)
+#show regex("\S{60,}"): it => it.text.replace(regex(".{8}"), part => part.text + sym.zws) // breaks
+#set figure(supplement: none, numbering: none)
+#show figure: set text(9pt)
+#show figure.where(kind: table): set figure.caption(position: top)
+#show figure.where(kind: table): set block(breakable: true)
+#show figure.where(kind: table): it => layout(size => // only long tables break
+  block(breakable: measure(it, width: size.width).height > 50% * page.height, it))
+#set table(stroke: (x: none, y: 0.3pt + gray), inset: (x: 0.45em, y: 0.37em))
+#show table: set par(justify: false)
+#show table.cell: set align(right)
 #show table.cell.where(x: 0): set align(left)
 #show table.cell.where(y: 0): strong
-#set figure(placement: auto, supplement: none, numbering: none)
-#show figure.where(kind: table): set figure(placement: none)
-#show figure.where(kind: image): set image(width: 84%)
-#show figure: set text(8.8pt)
-#show quote: it => block(width: 100%, fill: luma(242), inset: 6pt, spacing: 8pt, it.body,
-  breakable: false)
-#show heading.where(level: 2): it => place.flush() + it
-#show raw.where(block: true): it => context {
-  set text(if page.columns > 1 { 5.8pt } else { 6.8pt })
-  set par(justify: false, leading: 0.34em, spacing: 0.34em)
-  block(width: 100%, inset: (x: 5pt, y: 3pt), stroke: (left: 1pt + luma(205)),
-    fill: if it.lang != "output" { luma(245) }, breakable: it.lines.len() > 24,
-    for line in it.lines { // pages break at empty ones
-      let pad = 0.6em * (line.text.position(regex("\S|$")) + 4)
-      block(sticky: page.columns < 2 and line.text != "", par(hanging-indent: pad, line + sym.zws))
-    })
+#show image: it => layout(size => { // no higher than 60 % of the page
+  let ratio = 0.6 * page.height / measure(it, width: size.width).height
+  if ratio < 1 { scale(ratio * 100%, reflow: true, it) } else { it }
+})
+#show raw.where(block: true): set text(8pt)
+#show raw.where(block: true): it => {
+  set par(justify: false, leading: 0.4em, spacing: 0.4em)
+  let hanging(line) = 0.6em * (line.text.position(regex("\S|$")) + 4)
+  let lines = it.lines.map(line => block(sticky: line.number < 4, // not alone at a page's foot
+    par(hanging-indent: hanging(line), line + sym.zws)))
+  block(width: 100%, inset: (x: 5pt, y: 4pt), stroke: (left: 1pt + luma(205)),
+    fill: if it.lang != none { luma(246) }, breakable: lines.len() > 16, lines.join())
 }
 #let horizontalrule = line(length: 100%)
-#let link(to, ..body) = context if type(to) == label and query(to).len() != 1 or to == "" {
-  body.at(0) } else { text(navy, std.link(to, ..body)) }
 """
-# What pandoc lacks, braces to depth three, and the definition of a macro.
-_MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1}}
+APPENDIX = "#show raw.where(block: true): set text(7pt)\n== Appendix: code\n"
+# What pandoc's reader of formulas lacks, and how it recognizes a macro (braces to depth three).
+MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1}}
 \newcommand{\cal}[1]{\mathcal{#1}} \newcommand{\tag}[1]{\quad\text{(#1)}}
 \newcommand{\label}[1]{} \newcommand{\nonumber}{}"""
-_BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
-_MACRO = rf"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{{?\\\w+\}}?[^{{}}]*{_BRACES}"
-_quoted = partial(json.dumps, ensure_ascii=False)
+BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+MACRO = rf"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{{?\\\w+\}}?[^{{}}]*{BRACES}"
+
+
+@dataclass
+class Part:
+    """What is set in one piece: a cell, or its code in the appendix."""
+
+    cell: int
+    page: BeautifulSoup
+    typst: str = ""
+
+
+@dataclass
+class Formula:
+    """A formula; its Typst text holds the dollars."""
+
+    cell: int
+    tex: str
+    display: bool
+    typst: str = ""
+
+
+class TypstPDFExporter(HTMLExporter):
+    """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
+
+    Tags of cells: LEFT_OUT, hide-code (outputs only), appendix and claims (outputs in place, code
+    in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption (left
+    out, as the caption stands at the figure); claims, a dict of sentences and whether they hold.
+    `notices` tells what could not be shown: "cell N: what".
+    """
+
+    export_from_notebook = "PDF (Typst)"
+
+    @property
+    def default_config(self) -> Config:
+        """nbconvert's settings: cells left out by tags, HTML as pandoc reads it."""
+        remove = {"enabled": True, "remove_cell_tags": LEFT_OUT, "remove_input_tags": {"hide-code"}}
+        plain = {"template_name": "basic", "exclude_input_prompt": True}
+        config = Config(
+            TagRemovePreprocessor=remove,
+            CoalesceStreamsPreprocessor={"enabled": True},
+            TypstPDFExporter=plain | {"exclude_output_prompt": True},
+        )
+        config.merge(super().default_config)
+        return config
+
+    def from_file(self, file_stream, resources=None, **kwargs) -> tuple[bytes, dict]:
+        """Convert an open file of any notebook format, with or without a byte order mark."""
+        nb = nbformat.reads(file_stream.read().lstrip("\ufeff"), as_version=4)
+        content, resources = self.from_notebook_node(nb, resources, **kwargs)
+        for notice in self.notices:
+            self.log.warning(notice)
+        return content, resources
+
+    def from_notebook_node(self, nb, resources=None, **kwargs) -> tuple[bytes, dict]:
+        """PDF of a notebook of format 4; images are looked for in resources' metadata.path."""
+        check_versions()
+        import typst
+
+        self.nb = with_all_fields(nb)
+        self.resources = self._init_resources(resources)
+        self.formulas: list[Formula] = []
+        self.notes: list[tuple[int, str]] = []
+        self.cell = 1  # the number of the cell in work, for notes
+        with tempfile.TemporaryDirectory() as folder:
+            self.workshop = Path(folder)
+            self.compiler = typst.Compiler(root=folder)
+            content = self.typeset(*self.read_cells())
+        self.notices = [f"cell {cell}: {text}" for cell, text in sorted(self.notes)]
+        return content, self.resources | {"output_extension": ".pdf"}
+
+    def note(self, text: str) -> None:
+        """Keep a notice on the cell in work."""
+        self.notes.append((self.cell, text))
+
+    # Cells to HTML
+
+    def read_cells(self) -> tuple[list[Part], list[Part]]:
+        """The parts of the body and of the appendix."""
+        body, appendix = [], []
+        for number, cell in enumerate(self.nb.cells, 1):
+            self.cell = number
+            page = BeautifulSoup(self.cell_html(cell), "html.parser")
+            code = page.select_one("div.input")
+            listing = code_listing(code.extract().get_text()) if code else ""
+            self.tidy(page)
+            for wrapper in page.select(WRAPPERS):
+                wrapper.unwrap()
+            if {"appendix", "claims"} & set(cell.metadata.tags):
+                appendix.append(Part(number, BeautifulSoup(listing, "html.parser")))
+            else:
+                page.insert(0, BeautifulSoup(listing, "html.parser"))
+            body.append(Part(number, page))
+        mend_links([part.page for part in body])
+        return [self.head(body), *body], [part for part in appendix if part.page.pre]
+
+    def cell_html(self, cell: NotebookNode) -> str:
+        """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
+        if cell.cell_type == "code":
+            for output in cell.outputs:
+                self.choose_form(output)
+            cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
+        one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
+        try:
+            return super().from_notebook_node(one_cell, dict(self.resources))[0]
+        except Exception as error:  # whatever: one cell must not cost the others
+            self.note(f"shown as source: {error}")
+            return f"<pre>{html.escape(cell.source)}</pre>"
+
+    def choose_form(self, output: NotebookNode) -> None:
+        """Leave to an output the one form of its data that the PDF shows."""
+        data, about = output.get("data", {}), output.get("metadata", {})
+        self.note_claims(about.get("claims", {}))
+        page = re.sub(r"(?s)<(script|style).*?</\1>", "", data.get("text/html", ""))
+        image = next((kind for kind in IMAGES if kind in data), "")
+        if about.get("is_caption"):
+            output.data = {}
+        elif image:
+            output.data = {"text/html": figure_html(image, data[image], about.get("caption", ""))}
+        elif text := data.get("text/markdown") or data.get("text/latex"):
+            output.data = {"text/markdown": text}
+        elif re.search(r"<(img|iframe|video)|>\s*[^<\s]", page):
+            output.data = {"text/html": self.mark_html(page)}
+        elif set(data) - {"text/plain"}:
+            what = f"interactive output, not shown here ({', '.join(sorted(data))})"
+            self.note(what)
+            output.data = {"text/plain": f"[{what}]"}
+
+    def note_claims(self, claims: dict[str, bool]) -> None:
+        """Name the claims that do not hold, and the cells whose text makes them."""
+        failed = [sentence for sentence, holds in claims.items() if not holds]
+        for sentence in failed:
+            cells = [str(n) for n, cell in enumerate(self.nb.cells, 1) if has(cell, sentence)]
+            place = f" (in cell {', '.join(cells)})" if cells else ""
+            self.note(f"{len(failed)} of {len(claims)} claims do not hold: {sentence}{place}")
+
+    @pass_context
+    def markdown2html(self, context, source: str) -> str:
+        """HTML of Markdown, with a mark in the place of each formula."""
+        from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+        renderer = IPythonRenderer(
+            escape=False,
+            allow_harmful_protocols=True,  # SVG as data:
+            attachments=context.get("cell", {}).get("attachments", {}),
+            exclude_anchor_links=True,
+        )
+        renderer.inline_math = self.mark_formula
+        renderer.block_math = partial(self.mark_formula, display=True)
+        renderer.latex_environment = lambda name, body: self.mark_formula(
+            rf"\begin{{{name}}}{body}\end{{{name}}}", display=True
+        )
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+    def mark_formula(self, tex: str, display: bool = False) -> str:
+        """Keep a formula for later; returns the mark of its place."""
+        self.formulas.append(Formula(self.cell, tex, display))
+        return f"⟦formula {len(self.formulas) - 1}⟧"
+
+    def mark_html(self, page: str) -> str:
+        """HTML of an output, with a mark in the place of each formula in dollars."""
+        formula = r"\$([^$<>]+)\$(?!\d)"
+        return re.sub(formula, lambda found: self.mark_formula(html.unescape(found[1])), page)
+
+    def head(self, body: list[Part]) -> Part:
+        """Course, title (taken out of the body) and the values of the name cell."""
+        tagged = [n for n, c in enumerate(self.nb.cells, 1) if "submission" in c.metadata.tags]
+        self.cell = tagged[0] if tagged else 1
+        source = self.nb.cells[self.cell - 1].source if tagged else ""
+        headings = [part.page.h1.extract() for part in body if part.page.h1][:1]
+        who = dict.fromkeys(["NAME", "STUDENT_NUMBER", "DISCUSSED_WITH"], "") | assigned(source)
+        if missing := [name for name, value in who.items() if not value]:
+            self.note(f"the name cell lacks {', '.join(missing)}: fill it in")
+        line = [
+            f"{k.replace('_', ' ').capitalize()}: <b>{v or 'empty'}</b>" for k, v in who.items()
+        ]
+        page = f"<p>{COURSE}</p>{headings[0] if headings else ''}<p>{' &emsp; '.join(line)}</p>"
+        words = [*(heading.get_text() for heading in headings), html.unescape(who["NAME"])]
+        self.title = ", ".join(filter(None, words))
+        return Part(self.cell, BeautifulSoup(page, "html.parser"))
+
+    # HTML for paper
+
+    def tidy(self, page: BeautifulSoup) -> None:
+        """Change a cell's HTML to what can be printed, and note what cannot."""
+        for tag in page(NOT_ON_PAPER):
+            self.replace(tag, f"{tag.name} {tag.get('src', '')}")
+        for image in page("img"):
+            self.save_image(image)
+        for listing in page("pre"):
+            listing.replace_with(BeautifulSoup(output_listing(listing), "html.parser"))
+        for table in page("table"):
+            self.fit_table(table)
+
+    def replace(self, tag: Tag, what: str) -> None:
+        """Put words in the place of what cannot be shown."""
+        self.note(f"{what[:70].strip()} is not shown")
+        tag.replace_with(f"[{tag.get('alt') or what[:70].strip()}: not shown]")
+
+    def save_image(self, image: Tag) -> None:
+        """Write an image (data: or a file) to where Typst finds it."""
+        source = unquote(image.get("src", ""))
+        folder = self.resources["metadata"].get("path") or "."
+        try:
+            data = source.startswith("data:") and base64.b64decode(source.partition(",")[2])
+            content = data or Path(folder, source).read_bytes()
+        except (OSError, ValueError):
+            self.replace(image, f"image {source}")
+            return
+        name = f"image{len(list(self.workshop.iterdir()))}"
+        (self.workshop / name).write_bytes(content)
+        image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
+
+    def fit_table(self, table: Tag) -> None:
+        """Make the type of a table smaller where its longest words are wider than the page."""
+        rows = [
+            [max(map(len, cell.get_text().split()), default=0) for cell in row(["td", "th"])]
+            for row in table("tr")
+        ]
+        columns = [min(60, max(column)) for column in zip_longest(*rows, fillvalue=0)]
+        width = sum(0.5 * letters + 0.9 for letters in columns)  # em
+        if width > TABLE_WIDTH:
+            size = TABLE_SIZE * TABLE_WIDTH / width
+            table["typst:text:size"] = f"{size:.1f}pt"
+            self.note(f"a table of {len(columns)} columns is set in small type, {size:.1f} pt")
+
+    # HTML to PDF
+
+    def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
+        """The PDF of all parts. What cannot be set is shown as source and noted."""
+        self.set_formulas()
+        parts = body + appendix
+        self.to_typst(parts)
+        content, problem = self.compile(document(body, appendix), "a-2b")
+        if content is None and "PDF/A" not in problem:
+            self.repair(parts)
+            content, problem = self.compile(document(body, appendix), "a-2b")
+        if content is None:
+            names = self.name_letters(problem, parts)
+            content, problem = self.compile(names + document(body, appendix))
+        if content is None:
+            raise RuntimeError(f"Typst cannot set the notebook: {problem}")
+        return content
+
+    def set_formulas(self) -> None:
+        """Typst text of all formulas by one call of pandoc, so that macros reach later cells."""
+        sources = [" ".join(re.sub(r"(?<!\\)%.*", "", f.tex).split()) for f in self.formulas]
+        macros = re.findall(MACRO, " ".join(sources))
+        numbered = [f"{n} $${re.sub(MACRO, '', tex) or '~'}$$" for n, tex in enumerate(sources)]
+        try:
+            text = pandoc("\n\n".join([MACROS, *macros, *numbered]), "markdown+latex_macros")
+        except RuntimeError:  # from a macro that never ends
+            text = pandoc("\n\n".join([MACROS, *numbered]), "markdown+latex_macros")
+        text = re.sub(r"\bsect\b", "inter", text.replace(".circle", ".o"))  # Typst's newer names
+        done = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
+        for number, formula in enumerate(self.formulas):
+            bars = '"‖"' if "Vmatrix" in formula.tex else '"|"'
+            typst = done.get(str(number), "").replace('"||"', bars)
+            formula.typst = f"$ {typst} $" if formula.display else f"${typst}$"
+            if not typst:
+                self.show_source(formula)
+
+    def show_source(self, formula: Formula) -> None:
+        """Show a formula as it was typed."""
+        self.notes.append((formula.cell, f"formula {formula.tex[:70]} is shown as source"))
+        formula.typst = f"#raw({quoted(formula.tex)})"
+
+    def to_typst(self, parts: list[Part]) -> None:
+        """Fill in the Typst text of parts by one call of pandoc."""
+        page = "<p>⟦end of part⟧</p>".join(str(part.page) for part in parts)
+        texts = pandoc(page, "html-auto_identifiers").split("⟦end of part⟧")
+        for part, text in zip(parts, texts, strict=True):
+            part.typst = text
+
+    def compile(self, text: str, *standards: str) -> tuple[bytes | None, str]:
+        """PDF of Typst text and "", else None and why; PDF/A asks for a glyph of every letter."""
+        text = re.sub(r"⟦formula (\d+)⟧", lambda found: self.formulas[int(found[1])].typst, text)
+        wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
+        there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
+        ends = "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
+        source = f"#set document(title: {quoted(self.title)})\n{STYLE}{text}{ends}"
+        try:
+            return self.compiler.compile(source.encode(), pdf_standards=list(standards)), ""
+        except RuntimeError as error:
+            return None, error.diagnostic
+
+    def repair(self, parts: list[Part]) -> None:
+        """Show as source what cannot be set: a formula, an image, else the whole part."""
+        for part in parts:
+            if self.compile(part.typst)[0]:
+                continue
+            self.cell = part.cell
+            for number in re.findall(r"⟦formula (\d+)⟧", part.typst):
+                formula = self.formulas[int(number)]
+                if not self.compile(formula.typst)[0]:
+                    self.show_source(formula)
+            for image in part.page("img"):
+                if not self.compile(f"#image({quoted(image['src'])})")[0]:
+                    self.replace(image, f"image {image['alt']}")
+            self.to_typst([part])
+            if not self.compile(part.typst)[0]:
+                self.note("shown as source, as it cannot be set")
+                part.typst = f"#raw({quoted(part.page.get_text())}, block: true)"
+
+    def name_letters(self, problem: str, parts: list[Part]) -> str:
+        """Note letters that no font has; Typst text that puts names in the place of symbols."""
+        rules = ""
+        for letters in dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem)):
+            self.cell = next((part.cell for part in parts if letters in part.typst), 1)
+            self.note(f"no font here has {letters}: install one")
+            for letter in letters:
+                if unicodedata.category(letter) == "So":
+                    name = unicodedata.name(letter, "symbol").lower()
+                    rules += f"#show {quoted(letter)}: {quoted(f'[{name}]')}\n"
+        return rules
+
+
+def check_versions() -> None:
+    """Raise ImportError with the package, the version found and the version needed."""
+    for package, needed in NEEDED_VERSIONS.items():
+        found = "none"
+        with suppress(metadata.PackageNotFoundError):
+            found = metadata.version(package)
+        if found == "none" or Version(found) < Version(needed):
+            raise ImportError(
+                f"The PDF needs {package} {needed} or newer, found: {found}. Run "
+                f"%pip install --upgrade {package} and restart the kernel."
+            )
+
+
+def pandoc(text: str, source: str) -> str:
+    """Typst text by pandoc; `source` is the text's format. Raises RuntimeError."""
+    import pypandoc
+
+    return pypandoc.convert_text(text, "typst", source, ["--wrap=none", "--quiet", "--sandbox"])
+
+
+def quoted(text: str) -> str:
+    """A string of Typst."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def document(body: list[Part], appendix: list[Part]) -> str:
+    """Typst text of all parts."""
+    texts = [part.typst for part in body]
+    if appendix:
+        texts += [APPENDIX, *(part.typst for part in appendix)]
+    return "\n".join(texts)
+
+
+def code_listing(code: str) -> str:
+    """HTML of a cell's code; a first line "# @title words" becomes a heading."""
+    code = code.strip("\n")
+    title = re.match(r"# ?@title *([^{\n]*).*\n?|", code)
+    heading = f"<h4>{html.escape(title[1])}</h4>" if title[1] else ""
+    code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code[title.end() :])
+    listing = f'<pre class="python"><code>{html.escape(code)}</code></pre>'
+    return heading + listing if code.strip() else ""
+
+
+def output_listing(listing: Tag) -> str:
+    """HTML of preformatted text; of long outputs only the beginning and the end."""
+    lines = [line.rstrip() for line in listing.get_text().strip("\n").split("\n")]
+    if len(lines) > LONGEST_OUTPUT and listing.find_parent(class_="output"):
+        lines[26:-13] = [f"[… {len(lines) - 39} lines left out …]"]
+    text = html.escape("\n".join(lines))
+    return f"<pre><code>{text}</code></pre>" if text.strip() else ""
+
+
+def figure_html(kind: str, content: str, caption: str) -> str:
+    """HTML of an output's image: SVG as text, others as base64."""
+    if kind == "image/svg+xml":
+        content = base64.b64encode(content.encode()).decode()
+    words = html.escape(caption)
+    image = f'<img alt="{words}" src="data:{kind};base64,{content}">'
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+
+
+def mend_links(pages: list[BeautifulSoup]) -> None:
+    """Let links lead to headings; of broken and very long ones only the words stay."""
+    ids = {}
+    for heading in (tag for page in pages for tag in page(re.compile(r"^h[1-6]$"))):
+        heading["id"] = f"section-{len(ids)}"
+        ids.setdefault(slug(heading.get_text()), heading["id"])
+    for link in (tag for page in pages for tag in page("a")):
+        address = link.get("href", "")
+        if address.startswith("#"):
+            address = "#" + ids.get(slug(address), "")
+        if 1 < len(address) <= LONGEST_LINK:
+            link.attrs = {"href": address}
+        else:
+            link.unwrap()
+
+
+def slug(heading: str) -> str:
+    """Letters and digits of a heading or of a link to it, as Jupyter or as GitHub writes it."""
+    return re.sub(r"[\W_]+", "-", unquote(heading)).strip("-").lower()
+
+
+def has(cell: NotebookNode, sentence: str) -> bool:
+    """Whether a text cell holds a sentence, whatever its emphasis and line breaks."""
+    text, words = (" ".join(re.sub(r"[*_`]", "", t).split()) for t in (cell.source, sentence))
+    return cell.cell_type == "markdown" and words.rstrip(".") in text
+
+
+def assigned(source: str) -> dict[str, str]:
+    """Names and their values, as HTML, of a cell of plain assignments; {} if it is no Python."""
+    values = {}
+    with suppress(SyntaxError):
+        for node in ast.parse(source).body:
+            with suppress(ValueError, AttributeError):  # no constant, no assignment
+                value = ast.literal_eval(node.value)
+                text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+                values[ast.unparse(node.targets)] = html.escape(text.strip())
+    return values
+
+
+def with_all_fields(nb: NotebookNode) -> NotebookNode:
+    """A copy of a notebook with the fields that some lack, and its name cell tagged."""
+    nb = NotebookNode({"metadata": {}, "cells": []} | copy.deepcopy(nb))
+    for cell in nb.cells:
+        cell.metadata = NotebookNode(cell.get("metadata") or {})
+        cell.metadata.tags = list(cell.metadata.get("tags") or [])
+        cell.source = cell.get("source") or ""
+        if cell.cell_type != "code":
+            continue
+        cell.execution_count = cell.get("execution_count")
+        cell.outputs = [with_output_fields(output) for output in cell.get("outputs") or []]
+        if NAME_CELL.search(cell.source) and not LEFT_OUT & set(cell.metadata.tags):
+            cell.metadata.tags.append("submission")  # Colab neither shows nor keeps tags
+    return nb
+
+
+def with_output_fields(output: NotebookNode) -> NotebookNode:
+    """An output with the fields that some lack."""
+    words = f"{output.get('ename')}: {output.get('evalue')}"
+    of_kind = {"stream": {"name": "stdout", "text": ""}, "error": {"traceback": [words]}}
+    fields = of_kind.get(output.output_type, {"data": {}, "metadata": {}})
+    return NotebookNode(fields | {key: value for key, value in output.items() if value})
 
 
 def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[str]:
-    """Write the executed notebook as a PDF beside it; print and return what could not be set.
+    """Write the executed notebook as a PDF beside it; print and return what could not be shown.
 
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
-    to its kernel, or the folder's only one.
+    to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
     """
-    path, nb = _read_notebook(notebook)
+    path, nb = (not notebook and colab_notebook()) or saved_notebook(notebook)
     pdf = Path(pdf or path).with_suffix(".pdf")
-    content, notices = notebook_to_pdf(nb, path.parent)
+    exporter = TypstPDFExporter()
+    content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
     write_atomically(pdf, lambda file: file.write_bytes(content))
-    print(*notices, f"PDF of {path.name} as last saved: {pdf.resolve()}", sep="\n")
-    if "google.colab" in sys.modules:
-        importlib.import_module("google.colab.files").download(str(pdf))
-    return notices
-
-
-def _read_notebook(path: Path | None) -> tuple[Path, dict]:
-    call = "utils.export_pdf(Path('FILE.ipynb'))"
-    if not path and "google.colab" in sys.modules:
-        with contextlib.suppress(Exception):  # None when time is up, MessageError on a refusal
-            colab = importlib.import_module("google.colab._message")
-            nb = colab.blocking_request("get_ipynb", timeout_sec=60)["ipynb"]
-            return Path(nb["metadata"].get("colab", {}).get("name", "assignment3.ipynb")), nb
-        way_out = "run this cell again, or File > Download > .ipynb, upload it,"
-        raise RuntimeError(f"Colab is silent: {way_out} {call}")
-    running = vars(sys.modules["__main__"]).get("__vsc_ipynb_file__")
-    here = sorted(Path.cwd().glob("*.ipynb"))
-    names = [running, os.getenv("JPY_SESSION_NAME"), *here[: len(here) == 1]]
-    path = path or next((Path(name) for name in names if Path(name or "").is_file()), None)
-    if not path:
-        raise FileNotFoundError(f"Jupyter names none of {[p.name for p in here]}: save it, {call}")
-    nbformat = importlib.import_module("nbformat")
-    return path, nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)
-
-
-def notebook_to_pdf(nb: dict, folder: Path) -> tuple[bytes, list[str]]:
-    """PDF of a notebook of format 4 with images in `folder`; notices: 'cell N: what, why'."""
-    with tempfile.TemporaryDirectory() as workshop:
-        page = _Pdf(folder, Path(workshop))
-        return page.make(nb), page.notices
-
-
-def _clean(value: Any, between: str = "") -> str:
-    text = between.join(value) if isinstance(value, list | tuple) else str(value or "")
-    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]|[^\n\r\t -\ud7ff\uf900-\U0010ffff]|\ufe0f", "", text)
-
-
-def _listing(text: str, kind: str = "output") -> str:
-    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
-    if kind == "output" and len(lines) > 40:
-        lines[26:-13] = [f"[… {len(lines) - 39} lines left out …]"]
-    text = html.escape("\n".join(lines).strip("\n"))
-    return f'<pre class="{kind}"><code>{text}</code></pre>' if text.strip() else ""
-
-
-class _Pdf:
-    """Cells, formulas and images are parts; in the text, marks keep their places."""
-
-    def __init__(self, folder: Path, workshop: Path):
-        import bs4
-        import pypandoc
-        import typst
-        from nbconvert.filters import markdown_mistune as mistune
-
-        self.folder, self.workshop, self.title, self.cell = folder, workshop, "", 0
-        self.parts, self.notices = [], []
-        self.compile = typst.Compiler(root=workshop).compile
-        self.parse = partial(bs4.BeautifulSoup, features="html.parser")
-        options = ["--wrap=none", "--quiet", "--sandbox"]
-        self.pandoc = lambda text, kind: pypandoc.convert_text(text, "typst", kind, options)
-        md = mistune.IPythonRenderer(escape=False, anchor_link_text="")
-        md.image = partial(mistune.HTMLRenderer.image, md)
-        md.inline_math = lambda tex: self.mark("formula", tex.strip())
-        md.block_math = lambda tex: self.mark("formula", f" {tex} ")  # typst's display style
-        md.latex_environment = lambda env, tex: md.block_math(rf"\begin{{{env}}}{tex}\end{{{env}}}")
-        self.markdown = mistune.MarkdownWithMath(md).render
-
-    def note(self, text: str) -> None:
-        self.notices.append(f"cell {self.cell}: {text}")
-
-    def mark(self, kind: str, source: str, typst: str = "") -> str:
-        self.parts.append(SimpleNamespace(cell=self.cell, kind=kind, source=source, typst=typst))
-        return f"\ue000{len(self.parts) - 1}\ue001"
-
-    def make(self, nb: dict) -> bytes:
-        head = front = body = appendix = ""  # marks
-        for self.cell, cell in enumerate(nb.get("cells") or [], 1):
-            tags = set((cell.get("metadata") or {}).get("tags") or [])
-            source = _clean(cell.get("source"))
-            if "submission" in tags or source.startswith("NAME ="):
-                head = self.head(source)
-            elif not tags & {"hide-pdf", "helper-module", "install"}:
-                page, code = self.read(cell, source)
-                appendix += self.mark("cell", code) if "appendix" in tags else ""
-                page = page if tags & {"appendix", "hide-code", "front-page"} else code + page
-                page = self.mark("cell", self.tidy(page, cell.get("attachments") or {}))
-                front, body = (front + page, body) if "front-page" in tags else (front, body + page)
-        front = front and f"\n== Answers at a glance\n{front}"
-        landscape = "\n#set page(flipped: true, columns: 2, margin: 1.2cm)\n== Appendix: code\n"
-        body = (head or self.head("")) + front + body + (appendix and landscape + appendix)
-        self.set_formulas()
-        cells = [part for part in self.parts if part.kind == "cell"]
-        pages = self.pandoc("<p>\ue002</p>".join(p.source for p in cells), "html-auto_identifiers")
-        for part, page in zip(cells, pages.split("\ue002"), strict=True):
-            part.source, part.typst = self.parse(part.source).get_text(), f"[{page}]"
-        return self.typeset(body)
-
-    def head(self, source: str) -> str:
-        who = {"NAME": "", "STUDENT_NUMBER": "", "DISCUSSED_WITH": ""}
-        with contextlib.suppress(Exception):
-            for node in ast.parse(source).body:
-                who[ast.unparse(node.targets)] = _clean(ast.literal_eval(node.value), ", ")
-        page = f"<p>COMP 499/691, Special Topics: Deep Learning</p><h1>{self.title}</h1><p>"
-        for key, text in who.items():
-            page += f"{key.replace('_', ' ').title()}: <b>{html.escape(text) or 'empty'}</b> &emsp;"
-        if missing := ", ".join(name for name in who if not who[name]):
-            self.note(f"the name cell lacks {missing}: fill it in")
-        self.title = f"{self.title}, {who['NAME']}".strip(", ")
-        return self.mark("cell", page)
-
-    def read(self, cell: dict, source: str) -> tuple[str, str]:
-        """HTML of a cell's text or outputs, and of its code."""
-        if cell.get("cell_type") == "markdown":
-            return self.markdown(source), ""
-        title = re.match(r"# ?@title *([^{\n]*).*\n?|", source)
-        code = re.sub(r"(?m)  # fmt: \w+$", "", source[title.end() :])
-        # Each definition is a listing of its own: no page cuts a short one.
-        code = "".join(_listing(part, "python") for part in re.split(r"\n\s*\n(?=\S)", code))
-        title = f"<h4>{html.escape(title[1])}</h4>" if title[1] else ""
-        return "".join(map(self.output, cell.get("outputs") or [])), title + code
-
-    def output(self, out: dict) -> str:
-        data = {kind: _clean(content) for kind, content in (out.get("data") or {}).items()}
-        about, images = out.get("metadata") or {}, [kind for kind in data if "image/" in kind]
-        if images:
-            kind = max(images)  # SVG rather than PNG
-            code = base64.b64encode(data[kind].encode()).decode() if "svg" in kind else data[kind]
-            text = html.escape(_clean(about.get("caption")))
-            image = f'<img alt="{text}" src="data:{kind};base64,{code}">'
-            return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
-        if text := data.get("text/markdown") or data.get("text/latex"):
-            return "" if about.get("is_caption") else self.markdown(text)
-        page = self.parse(data.get("text/html", ""))
-        if page.get_text().strip() or page(["img", "iframe"]):
-            return str(page)
-        if not data or "text/plain" in data:
-            plain = data.get("text/plain") or _clean(out.get("text"))
-            return _listing(plain or _clean(out.get("traceback") or out.get("evalue"), "\n"))
-        self.note(what := f"interactive output, not shown here ({', '.join(data)})")
-        return f"<p>[{what}]</p>"
-
-    def tidy(self, page: str, attached: dict) -> str:
-        part = r"(Question \d|\d \(\w\))"  # the answers at a glance lead to their sections
-        page = re.sub(rf'(<h\d id=")[^"]*">{part}', r'\1\2">\2', page)
-        page = re.sub(rf"(<td[^>]*>)({part}[^<]*)", r'\1<a href="#\3">\2</a>', page)
-        soup = self.parse(page)
-        for tag in soup(["iframe", "video", "audio", "canvas", "object", "embed", "svg"]):
-            self.note(what := f"{tag.name} {tag.get('src', '')} is not shown")
-            tag.replace_with(f"[{what}]")
-        for tag in soup("img"):
-            url, alt = unquote(tag.get("src", "")), _clean(tag.get("alt"))
-            name = f"image{len(self.parts)}"
-            with contextlib.suppress(Exception):  # typst will miss the file
-                if url.startswith("attachment:"):
-                    url = "data:," + _clean(next(iter(attached[url[11:]].values())))
-                code = base64.b64decode(url.partition(",")[2]) if url.startswith("data:") else None
-                (self.workshop / name).write_bytes(code or (self.folder / url).read_bytes())
-            image = f'box(image("{name}", alt: {_quoted(alt)}))'
-            tag.replace_with(self.mark("image", f"[image: {alt or url[:60]}]", image))
-        if soup.h1 and not self.title:
-            self.title = soup.h1.extract().get_text()
-        return str(soup)
-
-    def set_formulas(self) -> None:
-        formulas = [part for part in self.parts if part.kind == "formula"]
-        tex = "\n".join([_MACROS, *re.findall(_MACRO, " ".join(part.source for part in formulas))])
-        for n, part in enumerate(formulas):
-            formula = " ".join(re.sub(_MACRO, "", part.source).split())
-            tex += f"\n\n{n} $$ {formula or '~'} $$"
-        typst = ""
-        with contextlib.suppress(RuntimeError):  # from a macro without end
-            typst = self.pandoc(tex, "markdown+latex_macros")
-        typst = re.sub(r"\bsect\b", "inter", typst.replace(".circle", ".o"))  # names of typst 0.15
-        done = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", typst))
-        for n, part in enumerate(formulas):
-            bars = '"‖"' if "Vmatrix" in part.source else '"|"'
-            formula = done.get(str(n), "#unknown-to-pandoc").replace('"||"', bars)
-            part.typst = f"$ {formula} $" if part.source.startswith(" ") else f"${formula}$"
-
-    def typeset(self, body: str) -> bytes:
-        texts = [f"#set document(title: {_quoted(self.title)}, date: none){_STYLE}"]
-        texts += [f"#let part{n} = {part.typst}\n" for n, part in enumerate(self.parts)]
-        source = re.sub("\ue000(\\d+)\ue001", r"#part\1;", "".join(texts) + body)
+    print(*exporter.notices, f"PDF of {path.name} as last saved: {pdf.resolve()}", sep="\n")
+    if in_colab():
         try:
-            pdf = self.compile(source.encode())
-        except RuntimeError as error:  # it tells lines, the style's too
-            lines = re.findall(r"\.typ:(\d+):", error.diagnostic.partition("error: ")[2])
-            owners = [n for n, text in enumerate(texts) for _ in text.splitlines()]
-            part = next(self.parts[n - 1] for line in lines if (n := owners[int(line) - 1]))
-            self.cell, text = part.cell, re.sub("\ue000.*?\ue001", "…", part.source)
-            self.note(f"{part.kind} {text[:70]} is shown as source: {error.message}")
-            part.typst = f"raw({_quoted(text)})"
-            return self.typeset(body)
-        try:  # PDF/A asks for a glyph of every sign
-            self.compile(source.encode(), pdf_standards="a-2b")
-        except RuntimeError as error:
-            for sign in dict.fromkeys(re.findall(r'text `"(.+?)"`', error.diagnostic)):
-                self.cell = next((part.cell for part in self.parts if sign in part.typst), 1)
-                self.note(f"no font here has {sign}: install one")
-        return pdf
+            import_module("google.colab.files").download(str(pdf))
+        except Exception as error:  # in VS Code there is no browser
+            warn(f"{pdf.resolve()} could not be downloaded ({error}).")
+    return exporter.notices
+
+
+def in_colab() -> bool:
+    """Whether the kernel is Colab's; other places have google.colab installed, too."""
+    return type(get_ipython()).__module__.startswith("google.colab")
+
+
+def colab_notebook() -> tuple[Path, NotebookNode] | None:
+    """The notebook open in Colab, with its name; None elsewhere, and where Colab does not say."""
+    if not in_colab():
+        return None
+    with suppress(Exception):  # Colab's MessageError; TypeError from None when time is up
+        colab = import_module("google.colab._message")
+        nb = colab.blocking_request("get_ipynb", timeout_sec=60)["ipynb"]
+        name = nb["metadata"].get("colab", {}).get("name", "assignment3.ipynb")
+        return Path(name), nbformat.reads(json.dumps(nb), as_version=4)
+    return None
+
+
+def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
+    """A notebook's file: `path`, else the one that the kernel knows, else the folder's only one."""
+    here = sorted(Path.cwd().glob("*.ipynb"))
+    if not path:
+        known = [
+            vars(sys.modules["__main__"]).get("__vsc_ipynb_file__"),
+            os.getenv("JPY_SESSION_NAME"),
+        ]
+        files = [
+            *(name for name in known if name and Path(name).is_file()),
+            *here[: len(here) == 1],
+        ]
+        path = next(map(Path, files), None)
+    if not path:
+        raise FileNotFoundError(
+            f"Which of {[file.name for file in here]} is this notebook? Save it, then call "
+            "utils.export_pdf(Path('FILE.ipynb')). In Colab, get the file by File > Download > "
+            ".ipynb and upload it."
+        )
+    return path, nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)

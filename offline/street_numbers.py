@@ -4,20 +4,19 @@ The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
 stroke weight, outlines and shadows are one addition each, and a whole batch of crops is composed
 at once: geometry -> plate -> digits -> light -> camera. A classifier trained on these alone reads
-91 % of real SVHN. `stand_in` and `render_street_numbers` are the ways in.
+91 % of real SVHN. `render_street_numbers` is the way in.
 """
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import utils
 
 # A face is a font file of matplotlib's mpl-data/fonts/ttf and its glyphs for 0..9, a bare "1" (I)
 # and a flat-topped "3" (the letter ezh, where the font has one).
@@ -114,8 +113,16 @@ def _pixel_grid() -> tuple[Tensor, Tensor]:
     return line.view(1, 1, -1).expand(1, _SIZE, -1), line.view(1, -1, 1).expand(1, -1, _SIZE)
 
 
-def _text_plane(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each pixel falls on the sign: u, v (n x 32 x 32) in digit heights; pixels a height."""
+class _Sign(NamedTuple):
+    """Where the pixels of each crop fall on the sign that carries the number."""
+
+    u: Tensor  # n x 32 x 32, along the number, in digit heights
+    v: Tensor  # n x 32 x 32, downwards, in digit heights
+    scale: Tensor  # n x 1 x 1, pixels in a digit height
+
+
+def _random_sign(rng: torch.Generator, n: int) -> _Sign:
+    """Signs of random size, seen at random angles, slanted and warped a little."""
     x, y = _pixel_grid()
     size = _uniform(rng, 0.52, 0.94, n, 1, 1)
     depth = 1 + _normal(rng, 0.07, n, 1, 1) * x + _normal(rng, 0.05, n, 1, 1) * y
@@ -128,7 +135,7 @@ def _text_plane(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
     v = v + _normal(rng, 0.06, n, 1, 1) * u  # the baseline climbs
     u, v = u / (2 * size), v / (2 * size)
     wobble = _smooth_noise(rng, n, 2, 5) * _uniform(rng, 0.0, 0.035, n, 1, 1, 1)
-    return u + wobble[:, 0], v + wobble[:, 1], size * _SIZE
+    return _Sign(u + wobble[:, 0], v + wobble[:, 1], size * _SIZE)
 
 
 def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ def _choose_faces(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor,
 def _place_digits(
     rng: torch.Generator, half: Tensor, exists: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centres of the five places (u and v, n x 5 each), the number's ends on u (n x 1 x 1 each)."""
+    """Centers of the five places (u and v, n x 5 each), the number's ends on u (n x 1 x 1 each)."""
     n = len(half)
     gap = _uniform(rng, -0.02, 0.2, n, 1) + 0.1 * _normal(rng, 1.0, n, 1).clamp(min=0)
     step = half[:, :-1] + half[:, 1:] + gap  # between neighboring centers
@@ -170,18 +177,22 @@ def _place_digits(
     stairs = torch.arange(-2, 3) * _normal(rng, 0.15, n, 1) * _chance(rng, 0.1, n, 1)
     drop = _normal(rng, 0.02, n, 5) + stairs
     drop[:, 2] = 0
-    low = torch.where(exists, center - half, 9.0).amin(1).view(n, 1, 1)
-    high = torch.where(exists, center + half, -9.0).amax(1).view(n, 1, 1)
+    far = 9.0  # digit heights: beyond any digit
+    low = torch.where(exists, center - half, far).amin(1).view(n, 1, 1)
+    high = torch.where(exists, center + half, -far).amax(1).view(n, 1, 1)
     return center, drop, low, high
 
 
-def _digit_field(
-    rng: torch.Generator,
-    labels: Tensor,
-    u: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed distance to the ink (n x 32 x 32), and the number's ends on the u axis (n x 1 x 1)."""
+class _Number(NamedTuple):
+    """The ink of the number in each crop, in digit heights."""
+
+    field: Tensor  # n x 32 x 32, distance to the ink's edge, positive inside
+    left: Tensor  # n x 1 x 1, where the number begins on u
+    right: Tensor  # n x 1 x 1, where it ends
+
+
+def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number:
+    """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
     fields, half_widths, strokes, face = _choose_faces(rng, n)
     digits, exists = _choose_digits(rng, labels)
@@ -194,8 +205,8 @@ def _digit_field(
     taper, bowl = _normal(rng, 0.10, n, 1, 1), _normal(rng, 0.25, n, 1, 1)
     field = torch.full((n, _SIZE, _SIZE), -1.0)
     for k in range(5):
-        gu = (u - center[:, k].view(n, 1, 1)) / stretch.view(n, 1, 1)
-        gv = v - drop[:, k].view(n, 1, 1)
+        gu = (sign.u - center[:, k].view(n, 1, 1)) / stretch.view(n, 1, 1)
+        gv = sign.v - drop[:, k].view(n, 1, 1)
         inner = (0.25 - gv * gv).clamp(min=0)  # zero at the head and the foot
         gu = gu * (1 + taper * gv.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
         grid = torch.stack([gu, gv + waist * inner], dim=-1) / _HALF
@@ -206,7 +217,8 @@ def _digit_field(
 
     stroke = strokes[face].view(n, 1, 1)
     thinner, thicker = 0.25 * stroke, (0.105 - stroke).clamp(min=0.005, max=0.05)
-    return field + _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker) - thinner, low, high
+    field = field + _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker) - thinner
+    return _Number(field, low, high)
 
 
 def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
@@ -237,59 +249,87 @@ def _shift(field: Tensor, du: Tensor, dv: Tensor) -> Tensor:
     return F.grid_sample(field.unsqueeze(1), grid, padding_mode="border", align_corners=False)[:, 0]
 
 
-def _paint(
-    rng: torch.Generator, field: Tensor, low: Tensor, high: Tensor, u: Tensor, v: Tensor, px: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32 in 0..1), and ink contrast (n)."""
-    n = len(field)
-    x, y = _pixel_grid()
+def _coverage(depth: Tensor) -> Tensor:
+    """How much of a pixel is covered, 0 to 1, when its center lies `depth` pixels inside."""
+    return (depth + 0.5).clamp(0, 1)
+
+
+def _levels(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Contrast of the digits, luminance of the ground, luminance of the ink (n each, 0 to 1)."""
     contrast = torch.exp(_uniform(rng, np.log(0.15), np.log(0.85), n))
     middle = _uniform(rng, 0.0, 1.0, n) * (1 - contrast) + contrast / 2
     sign = 1 - 2 * _chance(rng, 0.45, n)  # +: dark digits on light ground
-    ground_level, ink_level = middle + sign * contrast / 2, middle - sign * contrast / 2
-    ground, ink = _colors(rng, n, ground_level), _colors(rng, n, ink_level)
-    wall = _colors(rng, n, 0.5 * torch.rand(n, generator=rng) + 0.5 * ground_level)
+    return contrast, middle + sign * contrast / 2, middle - sign * contrast / 2
 
-    # The plate's edge, sometimes with a frame: distance to a rectangle around the number.
+
+def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tensor:
+    """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32)."""
+    n = len(sign.u)
     margin_u, margin_v = _uniform(rng, 0.08, 0.6, n, 1, 1), _uniform(rng, 0.08, 0.5, n, 1, 1)
-    inset = torch.minimum(torch.minimum(u - low, high - u) + margin_u, 0.5 + margin_v - v.abs())
-    inset = inset + 4.0 * (1 - _chance(rng, 0.4, n, 1, 1))  # most plates reach beyond the crop
-    paint = _mix(wall, ground, (inset * px + 0.5).clamp(0, 1))
-    frame_at, frame_width = _uniform(rng, 0.0, 0.08, n, 1, 1), _uniform(rng, 0.02, 0.06, n, 1, 1)
-    frame = ((frame_width - (inset - frame_at).abs()) * px + 0.5).clamp(0, 1)
-    paint = _mix(paint, ink, frame * _chance(rng, 0.4, n, 1, 1))
+    from_ends = torch.minimum(sign.u - number.left, number.right - sign.u) + margin_u
+    depth = torch.minimum(from_ends, 0.5 + margin_v - sign.v.abs())
+    return depth + 4.0 * (1 - _chance(rng, 0.4, n, 1, 1))  # most plates reach beyond the crop
 
+
+def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
+    """Cover (n x 32 x 32) of a line along the plate's edge, which four in ten have."""
+    n = len(depth)
+    place, width = _uniform(rng, 0.0, 0.08, n, 1, 1), _uniform(rng, 0.02, 0.06, n, 1, 1)
+    return _coverage((width - (depth - place).abs()) * scale) * _chance(rng, 0.4, n, 1, 1)
+
+
+def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
+    """Grain of the wall, on some crops waves too (n x 32 x 32, added to the luminance)."""
+    n = len(contrast)
+    x, y = _pixel_grid()
     grain = _smooth_noise(rng, n, 1, 4) * 0.12 + _smooth_noise(rng, n, 1, 11) * 0.06
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     across = angle.cos() * x + angle.sin() * y
     wave = (across * _uniform(rng, 4, 22, n, 1, 1) + 2 * angle).sin() * 0.12
     wave = wave * _chance(rng, 0.2, n, 1, 1)
-    texture = (grain[:, 0] + wave) * torch.rand(n, 1, 1, generator=rng) * contrast.view(n, 1, 1)
-    paint = paint + texture.unsqueeze(1)
+    return (grain[:, 0] + wave) * torch.rand(n, 1, 1, generator=rng) * contrast.view(n, 1, 1)
 
-    # A shadow or the side of a raised digit: the same ink, shifted.
+
+def _add_relief(
+    rng: torch.Generator, paint: Tensor, field: Tensor, scale: Tensor, ground_level: Tensor
+) -> Tensor:
+    """A shadow on one side of the digits, or the side of raised ones, and a glint on the other."""
+    n = len(field)
     reach, towards = _uniform(rng, 0.04, 0.22, n, 1, 1), _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     du, dv = reach * towards.cos(), reach * towards.sin()
     softness = _uniform(rng, 0.3, 1.0, n, 1, 1)
     shadow = torch.maximum(_shift(field, du, dv), _shift(field, du / 2, dv / 2))
-    shadow = (shadow * px * softness + 0.5).clamp(0, 1) * _uniform(rng, 0.2, 0.9, n, 1, 1)
+    shadow = _coverage(shadow * scale * softness) * _uniform(rng, 0.2, 0.9, n, 1, 1)
     shade = _colors(rng, n, (ground_level * _uniform(rng, 0.1, 0.8, n)).clamp(0, 1))
     paint = _mix(paint, shade, shadow * _chance(rng, 0.35, n, 1, 1))
 
-    glint = (_shift(field, -du / 2, -dv / 2) * px + 0.5).clamp(0, 1) * _chance(rng, 0.15, n, 1, 1)
+    glint = _coverage(_shift(field, -du / 2, -dv / 2) * scale) * _chance(rng, 0.15, n, 1, 1)
     lit = _colors(rng, n, 1 - (1 - ground_level) * _uniform(rng, 0.2, 0.9, n))
-    paint = _mix(paint, lit, glint * _uniform(rng, 0.2, 0.9, n, 1, 1))
+    return _mix(paint, lit, glint * _uniform(rng, 0.2, 0.9, n, 1, 1))
 
-    ring = ((field + _uniform(rng, 0.02, 0.07, n, 1, 1)) * px + 0.5).clamp(0, 1)
+
+def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, Tensor]:
+    """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32 in 0..1), and ink contrast (n)."""
+    n, field, scale = len(number.field), number.field, sign.scale
+    contrast, ground_level, ink_level = _levels(rng, n)
+    ground, ink = _colors(rng, n, ground_level), _colors(rng, n, ink_level)
+    wall = _colors(rng, n, 0.5 * torch.rand(n, generator=rng) + 0.5 * ground_level)
+
+    depth = _depth_in_plate(rng, sign, number)
+    paint = _mix(wall, ground, _coverage(depth * scale))
+    paint = _mix(paint, ink, _frame(rng, depth, scale))
+    paint = paint + _texture(rng, contrast).unsqueeze(1)
+    paint = _add_relief(rng, paint, field, scale, ground_level)
+
+    outline = _coverage((field + _uniform(rng, 0.02, 0.07, n, 1, 1)) * scale)
     away = torch.where(torch.rand(n, generator=rng) < 0.5, ground_level, 1 - ink_level)
     rim = _colors(rng, n, (away + _normal(rng, 0.15, n)).clamp(0, 1))
-    paint = _mix(paint, rim, ring * _chance(rng, 0.15, n, 1, 1))
+    paint = _mix(paint, rim, outline * _chance(rng, 0.15, n, 1, 1))
 
-    sheen = (v * _normal(rng, 0.25, n, 1, 1) + u * _normal(rng, 0.12, n, 1, 1)).unsqueeze(1)
-    sheen = sheen * contrast.view(n, 1, 1, 1)
+    sheen = sign.v * _normal(rng, 0.25, n, 1, 1) + sign.u * _normal(rng, 0.12, n, 1, 1)
+    sheen = sheen.unsqueeze(1) * contrast.view(n, 1, 1, 1)
     wear = (1 + _smooth_noise(rng, n, 1, 6)[:, 0] * _uniform(rng, 0, 0.15, n, 1, 1)).clamp(0, 1)
-    cover = (field * px + 0.5).clamp(0, 1) * wear
-    return _mix(paint, ink + sheen, cover), contrast
+    return _mix(paint, ink + sheen, _coverage(field * scale) * wear), contrast
 
 
 def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
@@ -299,15 +339,51 @@ def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     slope = (_normal(rng, 0.25, n, 1, 1) * x + _normal(rng, 0.25, n, 1, 1) * y) * amount
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     side = angle.cos() * x + angle.sin() * y - _uniform(rng, -0.9, 0.9, n, 1, 1)
-    edge = (side * _uniform(rng, 1, 10, n, 1, 1) + 0.5).clamp(0, 1)
+    edge = _coverage(side * _uniform(rng, 1, 10, n, 1, 1))
     cast = edge * _uniform(rng, 0.2, 0.7, n, 1, 1) * amount * _chance(rng, 0.15, n, 1, 1)
     vignette = (x * x + y * y) * _uniform(rng, 0, 0.25, n, 1, 1) * amount
     return image * ((1 + slope) * (1 - cast) * (1 - vignette)).unsqueeze(1)
 
 
-def _kernel_rows(weight: Tensor) -> Tensor:
+def _rows_of_sum_one(weight: Tensor) -> Tensor:
     """Each row scaled to sum 1: a resampling matrix."""
     return weight / weight.sum(-1, keepdim=True)
+
+
+def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
+    """left @ image @ right (n x 32 x 32 each) for images of n x rows x 3 x columns: no copies."""
+    n = len(image)
+    tall = (left @ image.reshape(n, _SIZE, 3 * _SIZE)).view(n, 3 * _SIZE, _SIZE)
+    return (tall @ right).view(n, _SIZE, 3, _SIZE)
+
+
+def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
+    """Blurred and shrunk to `pixels` (n x 1 x 1) a side, in rows and columns 0 to pixels - 1.
+
+    The rows and columns beyond repeat the last one.
+    """
+    n = len(image)
+    i = torch.arange(_SIZE, dtype=torch.float32)
+    ratio = _SIZE / pixels
+    row = torch.minimum(i.view(1, -1, 1), (pixels - 1).ceil())
+    offset = i.view(1, 1, -1) - ((row + 0.5) * ratio - 0.5)
+    blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
+    smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
+
+    def shrinking(sigma: Tensor) -> Tensor:
+        width = (sigma**2 + (0.35 * ratio) ** 2).sqrt()
+        return _rows_of_sum_one(torch.exp(-0.5 * (offset / width) ** 2))
+
+    return _along_both_axes(shrinking(blur * smear), image, shrinking(blur / smear).mT)
+
+
+def _add_noise(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
+    """Sensor noise on n x rows x 3 x columns: some in all colors alike, some in each by itself."""
+    n = len(image)
+    gray = _normal(rng, 1.0, n, _SIZE, 1, _SIZE) * _uniform(rng, 0, 0.05, n, 1, 1, 1)
+    image = image + gray * amount
+    color = _normal(rng, 1.0, n, _SIZE, 3, _SIZE) * _uniform(rng, 0, 0.04, n, 1, 1, 1)
+    return image + color * amount
 
 
 def _dct_matrix() -> Tensor:
@@ -318,67 +394,61 @@ def _dct_matrix() -> Tensor:
     return torch.block_diag(*[block] * (_SIZE // 8))
 
 
-def _camera(rng: torch.Generator, image: Tensor, px: Tensor, contrast: Tensor) -> Tensor:
-    """Blur, few source pixels, sensor noise, JPEG blocks, enlargement, sharpening.
-
-    Every linear step along one axis is a 32 x 32 matrix, one for each crop, so the whole batch
-    is a few matrix products. A crop of r < 32 source pixels lives in rows and columns 0..r-1.
-    """
-    n, amount = len(image), contrast.view(-1, 1, 1, 1)
-    i = torch.arange(_SIZE, dtype=torch.float32)
-    digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))  # in source pixels
-    source = (_SIZE * digit_height / px).clamp(max=_SIZE)
-    scale = _SIZE / source
-    inside = torch.minimum(i.view(1, -1, 1), (source - 1).ceil())  # rows beyond r repeat the last
-    offset = i.view(1, 1, -1) - ((inside + 0.5) * scale - 0.5)
-    blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * px
-    smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
-
-    def shrink(sigma: Tensor) -> Tensor:
-        width = (sigma**2 + (0.35 * scale) ** 2).sqrt()
-        return _kernel_rows(torch.exp(-0.5 * (offset / width) ** 2))
-
-    rows, columns = shrink(blur * smear), shrink(blur / smear)
-
-    def both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
-        """left @ image @ right for images kept as n x rows x 3 x columns: no copies."""
-        tall = (left @ image.reshape(n, _SIZE, 3 * _SIZE)).view(n, 3 * _SIZE, _SIZE)
-        return (tall @ right).view(n, _SIZE, 3, _SIZE)
-
-    image = both_axes(rows, image.permute(0, 2, 1, 3), columns.mT)
-    image = (
-        image + _normal(rng, 1.0, n, _SIZE, 1, _SIZE) * _uniform(rng, 0, 0.05, n, 1, 1, 1) * amount
-    )
-    image = (
-        image + _normal(rng, 1.0, n, _SIZE, 3, _SIZE) * _uniform(rng, 0, 0.04, n, 1, 1, 1) * amount
-    )
-
+def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
+    """JPEG's way with n x rows x 3 x columns: rounded frequencies of 8 x 8 blocks, color more."""
+    n = len(image)
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     dct = _dct_matrix()
-    order = torch.arange(_SIZE) % 8
-    steps = 1 + 0.6 * (order.view(-1, 1, 1) + order)
+    forward, backward = dct.expand(n, -1, -1), dct.mT.expand(n, -1, -1)
+    frequency = torch.arange(_SIZE) % 8
+    steps = 1 + 0.6 * (frequency.view(-1, 1, 1) + frequency)
     strength = torch.exp(_uniform(rng, np.log(0.01), np.log(0.1), n, 1, 1, 1)) * amount
     table = strength * steps * torch.tensor([1.0, 1.8, 1.8]).view(1, 1, 3, 1)
-    coded = both_axes(dct.expand(n, -1, -1), to_ycc @ image, dct.mT)
+    coded = _along_both_axes(forward, to_ycc @ image, dct.mT)
     coded = (coded / table).round_().mul_(table)
-    image = torch.linalg.inv(to_ycc) @ both_axes(dct.mT.expand(n, -1, -1), coded, dct)
+    return torch.linalg.inv(to_ycc) @ _along_both_axes(backward, coded, dct)
 
-    # Enlargement by Keys' cubic kernel, which also gives the halos of a sharpened photograph.
-    distance = (i.view(1, 1, -1) - ((i.view(1, -1, 1) + 0.5) / scale - 0.5)).abs()
+
+def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
+    """From `pixels` a side back to 32, by Keys' cubic kernel.
+
+    It also gives the halos of a sharpened photograph.
+    """
+    n = len(image)
+    i = torch.arange(_SIZE, dtype=torch.float32)
+    distance = (i.view(1, 1, -1) - ((i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5)).abs()
     a = -_uniform(rng, 0.0, 0.9, n, 1, 1)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     cubic = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    enlarge = _kernel_rows(torch.where(i.view(1, 1, -1) < source.ceil(), cubic, 0.0))
-    return both_axes(enlarge, image, enlarge.mT).permute(0, 2, 1, 3).contiguous()
+    matrix = _rows_of_sum_one(torch.where(i.view(1, 1, -1) < pixels.ceil(), cubic, 0.0))
+    return _along_both_axes(matrix, image, matrix.mT)
+
+
+def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor) -> Tensor:
+    """Blur, few source pixels, sensor noise, JPEG blocks, enlargement, sharpening.
+
+    image: n x 3 x 32 x 32; scale: pixels in a digit height, n x 1 x 1; contrast: n. Every linear
+    step along one axis is a 32 x 32 matrix, one for each crop, so that the whole batch is a few
+    matrix products.
+    """
+    n, amount = len(image), contrast.view(-1, 1, 1, 1)
+    digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))  # in source pixels
+    pixels = (_SIZE * digit_height / scale).clamp(max=_SIZE)
+    image = _photograph(rng, image.permute(0, 2, 1, 3), scale, pixels)
+    image = _add_noise(rng, image, amount)
+    image = _compress(rng, image, amount)
+    return _enlarge(rng, image, pixels).permute(0, 2, 1, 3).contiguous()
 
 
 def _render_chunk(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
+    """n crops (uint8, n x 3 x 32 x 32) and their labels."""
     labels = torch.randint(0, 10, (n,), generator=rng)
-    u, v, px = _text_plane(rng, n)
-    field, low, high = _digit_field(rng, labels, u, v)
-    image, contrast = _paint(rng, field, low, high, u, v, px)
-    image = _camera(rng, _light(rng, image, contrast), px, contrast)
+    sign = _random_sign(rng, n)
+    number = _random_number(rng, labels, sign)
+    image, contrast = _paint(rng, sign, number)
+    image = _light(rng, image, contrast)
+    image = _camera(rng, image, sign.scale, contrast)
     return (image * 255).round().clamp(0, 255).to(torch.uint8), labels
 
 
@@ -410,15 +480,3 @@ def versions() -> list[str]:
 
     code = Path(__file__).read_text(encoding="utf-8")
     return [code, matplotlib.__version__, PIL.__version__, torch.__version__]
-
-
-def stand_in() -> utils.DigitData:
-    """24,000 training and 5,000 test images, or 512 and 256 in the tiny profile; then cached."""
-
-    def part(*size: int) -> utils.Split:
-        return utils.load_cached(
-            "rendered", lambda: utils.Split(*render_street_numbers(*size)), versions(), size
-        )
-
-    train, test = (24_000, 5_000) if utils.switch("A3_PROFILE") == "full" else (512, 256)
-    return utils.DigitData("rendered street numbers", part(train, 1), part(test, 2), real=False)

@@ -1,285 +1,280 @@
-"""Question 1 (e): triplets, loss, nearest neighbors, the frozen g, and where g comes from."""
+"""Question 1 (e): triplets, their loss, nearest neighbors, the encoders, and a frozen g."""
 
-import hashlib
-import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
-from torch.nn import functional as F
 
 import utils
 
-
-def _two_sets(seed: int, n: int = 60, m: int = 50, dim: int = 8):
-    """Random embeddings of two sets, and their labels."""
-    rng = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(n, dim, generator=rng), torch.randn(m, dim, generator=rng)
-    x_labels, y_labels = (torch.randint(0, 10, (k,), generator=rng) for k in (n, m))
-    return x, x_labels, y, y_labels
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=25)
 
 
-def _toy_split(channels: int, size: int, n: int = 96, seed: int = 0) -> utils.Split:
-    """Noise with a bright bar whose place tells the digit: easy to learn, quick to make."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 10
-    images = torch.randint(0, 60, (n, channels, size, size), generator=rng)
+def embedded(nb, count, seed, dimensions=8):
+    """Random embeddings with random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(count, dimensions, generator=generator)
+    return nb.Digits(z, torch.randint(0, 10, (count,), generator=generator))
+
+
+def bars(count, channels, size, seed=0):
+    """Noise with a bright bar whose place tells the digit: easy to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+    images = torch.randint(0, 60, (count, channels, size, size), generator=generator)
     for image, digit in zip(images, labels.tolist(), strict=True):
         image[:, 2 + 2 * digit : 5 + 2 * digit] += 180
     return utils.Split(images.to(torch.uint8), labels)
 
 
-# ---- triplets and loss ---------------------------------------------------------------
-
-label_lists = st.lists(st.integers(0, 4), min_size=1, max_size=25)
+# ---- triplets ----
 
 
 @settings(max_examples=60, deadline=None)
-@given(anchors=label_lists, others=label_lists, semi_hard=st.booleans(), seed=st.integers(0, 99))
-def test_triplets_are_right_or_refused(nb, anchors, others, semi_hard, seed):
-    """Positives share the anchor's digit, negatives do not; every anchor that has both is used."""
+@given(anchors=LABELS, others=LABELS, semi_hard=st.booleans(), seed=st.integers(0, 99))
+def test_positives_share_the_anchors_digit_negatives_do_not_and_the_mask_tells_who_has_both(
+    nb, anchors, others, semi_hard, seed
+):
     torch.manual_seed(seed)
-    a_labels, o_labels = torch.tensor(anchors), torch.tensor(others)
+    a, o = torch.tensor(anchors), torch.tensor(others)
     distances = torch.rand(len(anchors), len(others)) if semi_hard else None
-    usable = [i for i, a in enumerate(anchors) if a in others and set(others) != {a}]
-    if not usable:
-        with pytest.raises(ValueError, match="equal and an unequal digit"):
-            nb.choose_triplets(a_labels, o_labels, distances)
-        return
-    a, p, n = nb.choose_triplets(a_labels, o_labels, distances)
-    assert a.tolist() == usable
-    assert (o_labels[p] == a_labels[a]).all() and (o_labels[n] != a_labels[a]).all()
+    positive, negative, usable = nb.mine_triplets(a, o, distances)
+    assert usable.tolist() == [one in others and set(others) != {one} for one in anchors]
+    assert (o[positive] == a)[usable].all()
+    assert (o[negative] != a)[usable].all()
 
 
-def test_random_triplets_reach_every_positive_and_negative_equally(nb):
+def test_random_triplets_reach_every_positive_and_every_negative_equally_and_independently(nb):
     torch.manual_seed(0)
-    counts = torch.zeros(2, 6)
-    for _ in range(3000):
-        _, p, n = nb.choose_triplets(torch.tensor([1]), torch.tensor([1, 1, 1, 0, 2, 2]))
-        counts[0, p] += 1
-        counts[1, n] += 1
-    assert counts[0, 3:].sum() == counts[1, :3].sum() == 0
-    # Each of three has 1,000 expected, standard deviation 26.
-    assert (counts[0, :3] - 1000).abs().max() < 130 and (counts[1, 3:] - 1000).abs().max() < 130
+    labels = torch.tensor([1, 1, 1, 0, 2, 2])
+    positive, negative, _ = nb.mine_triplets(torch.ones(9000).long(), labels)
+    pairs = Counter(zip(positive.tolist(), negative.tolist(), strict=True))
+    assert set(pairs) == {(p, n) for p in (0, 1, 2) for n in (3, 4, 5)}
+    assert all(abs(count - 1000) < 150 for count in pairs.values())  # standard deviation 30
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_semi_hard_negative_is_the_nearest_beyond_the_positive(nb, seed):
-    x, x_labels, y, y_labels = _two_sets(seed)
-    distances = torch.cdist(x, y)
-    torch.manual_seed(seed)
-    for a, p, n in zip(*nb.choose_triplets(x_labels, y_labels, distances), strict=True):
-        negatives = distances[a][y_labels != x_labels[a]]
-        farther = negatives[negatives > distances[a, p]]
-        expected = farther.min() if len(farther) else negatives.max()
-        assert distances[a, n] == expected
+def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthest(nb):
+    torch.manual_seed(0)
+    x, y = embedded(nb, 500, 1), embedded(nb, 50, 2)
+    distances = torch.cdist(x.z, y.z)
+    positive, negative, usable = nb.mine_triplets(x.labels, y.labels, distances)
+    assert usable.all()
+    fallbacks = 0
+    for row, label, p, n in zip(distances, x.labels, positive, negative, strict=True):
+        negatives = row[y.labels != label]
+        farther = negatives[negatives > row[p]]
+        fallbacks += not len(farther)
+        assert row[n] == (farther.min() if len(farther) else negatives.max())
+    assert fallbacks
+    assert len(positive.unique()) == 50  # drawn at random
 
 
-def test_bad_input_is_refused(nb):
-    with pytest.raises(RuntimeError, match="size"):
-        nb.choose_triplets(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), torch.rand(3, 2))
-    z, labels = torch.eye(2), torch.tensor([0, 1])
-    for alpha in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="alpha"):
-            nb.two_sided_loss(z, labels, z, labels, False, alpha)
-    for k in (0, 6):
-        with pytest.raises(ValueError, match="k must be between 1 and 5"):
-            nb.rank_gallery(torch.rand(5, 2), torch.rand(5, 2), k)
+# ---- the loss ----
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_the_bracket_is_torchs_triplet_margin_loss_row_by_row(nb):
+    rows = [torch.randn(20, 64) for _ in range(3)]
+    for margin in (0.2, 1.5):
+        expected = nn.TripletMarginLoss(margin, reduction="none")(*rows)
+        assert torch.allclose(nb.triplet_losses(*rows, margin), expected)
+
+
 @pytest.mark.parametrize("semi_hard", [False, True])
-def test_two_sided_loss_is_the_sum_of_torchs(nb, alpha, semi_hard):
-    x, x_labels, y, y_labels = _two_sets(7)
-    d = torch.cdist(x, y)
+def test_the_loss_is_the_sum_of_both_sides_means_over_usable_anchors(nb, semi_hard):
+    x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
+    x.labels[:5] = 3
+    y.labels[y.labels == 3] = 4  # no positive for digit 3
+    distances = torch.cdist(x.z, y.z)
     torch.manual_seed(3)
-    m = nb.choose_triplets(x_labels, y_labels, d if semi_hard else None)
-    s = nb.choose_triplets(y_labels, x_labels, d.T if semi_hard else None)
-    expected = sum(
-        F.triplet_margin_loss(anchors[a], others[p], others[n], margin=alpha)
-        for anchors, others, (a, p, n) in [(x, y, m), (y, x, s)]
-    )
-    torch.manual_seed(3)  # the same luck, so the same triplets
-    ours, active = nb.two_sided_loss(x, x_labels, y, y_labels, semi_hard, alpha)
-    assert torch.allclose(ours, expected, atol=1e-5) and 0 < active <= 1
+    sides = []
+    for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
+        triplet = nb.mine_triplets(anchors.labels, others.labels, d if semi_hard else None)
+        p, n, usable = triplet
+        assert usable.all() == (anchors is y)
+        rows = [part[usable] for part in (anchors.z, others.z[p], others.z[n])]
+        sides.append(nn.TripletMarginLoss(0.2, reduction="none")(*rows))
+    torch.manual_seed(3)  # the same random numbers, so the same triplets
+    loss, active = nb.cross_domain_loss(x, y, semi_hard)
+    assert torch.allclose(loss, sum(side.mean() for side in sides))
+    expected = np.mean([(side > 0).double().mean() for side in sides])
+    assert active.item() == pytest.approx(expected)
+    assert 0 < expected < 1
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])
-def test_loss_of_perfect_and_swapped_clusters_and_its_gradient(nb, semi_hard):
-    x, labels = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([0, 1])
-    loss, active = nb.two_sided_loss(x, labels, x + 0.01, labels, semi_hard)
-    assert loss == 0 and active == 0
-    loss, active = nb.two_sided_loss(x, labels, x.flip(0), labels, semi_hard)
-    assert loss == pytest.approx(2 * 10.2, rel=1e-5) and active == 1
-    same = torch.zeros(4, 8, requires_grad=True)  # distances of zero have no NaN gradient
-    labels = torch.tensor([0, 0, 1, 1])
-    nb.two_sided_loss(same, labels, torch.zeros(4, 8), labels, semi_hard)[0].backward()
-    assert torch.isfinite(same.grad).all()
+def test_the_loss_of_perfect_and_of_swapped_clusters_and_of_one_point(nb, semi_hard):
+    z, labels = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([0, 1])
+    x = nb.Digits(z, labels)
+    loss, active = nb.cross_domain_loss(x, nb.Digits(z + 0.01, labels), semi_hard)
+    assert (loss, active) == (0, 0)
+    loss, active = nb.cross_domain_loss(x, nb.Digits(z.flip(0), labels), semi_hard)
+    assert (loss.item(), active) == (pytest.approx(2 * 10.2, rel=1e-5), 1)
+    same = nb.Digits(torch.zeros(2, 2, requires_grad=True), labels)
+    nb.cross_domain_loss(same, same, semi_hard)[0].backward()
+    assert torch.isfinite(same.z.grad).all()
+    alone = nb.Digits(z.requires_grad_(), torch.zeros(2).long())  # no negative anywhere
+    loss, active = nb.cross_domain_loss(alone, alone, semi_hard)
+    loss.backward()
+    assert (loss, active, z.grad.abs().sum()) == (0, 0, 0)
 
 
-# ---- nearest neighbors ---------------------------------------------------------------
+@pytest.mark.parametrize("semi_hard", [False, True])
+def test_no_step_of_the_embedding_waits_for_a_gpu(nb, semi_hard):
+    """On the device 'meta' there are shapes but no values: reading one is an error there."""
+    model = nb.JointEmbedding(nb.StreetClassifier(), True, True).to("meta")
+    labels = torch.zeros(8, device="meta").long()
+    batch = torch.empty(8, 1, 24, 24, device="meta"), labels, torch.empty(8, 256).to("meta"), labels
+    loss, _ = nb.embedding_loss(model, batch, semi_hard)
+    loss.backward()
 
 
-def test_neighbors_are_scikit_learns(nb):
-    from sklearn.neighbors import NearestNeighbors
-
-    x, x_labels, y, y_labels = _two_sets(1, n=1200, m=300)
-    theirs = NearestNeighbors(n_neighbors=5).fit(y.numpy()).kneighbors(x.numpy())
-    distances, indices = nb.rank_gallery(x, y, 5)
-    assert (indices.numpy() == theirs[1]).all()
-    assert np.allclose(distances.numpy(), theirs[0], atol=1e-4)
-    expected = 100 * (y_labels[theirs[1][:, 0]] == x_labels).double().mean().item()
-    assert nb.top1(x, x_labels, y, y_labels) == pytest.approx(expected)
+# ---- evaluation ----
 
 
-def test_draws_are_of_100_queries_and_2000_gallery_images(nb):
-    few, gallery = nb.draw(0, 10_000, 60_000)
-    assert len(few.unique()) == 100 and len(gallery.unique()) == 2_000
-    assert not torch.equal(gallery, nb.draw(1, 10_000, 60_000)[1])
-    x, x_labels, y, y_labels = _two_sets(2, n=150, m=2_500)
-    of_100, of_all = nb.top1_of_draws(x, x_labels, y, y_labels, draws=3)
-    few, gallery = nb.draw(2, 150, 2_500)
-    expected = nb.top1(x[few], x_labels[few], y[gallery], y_labels[gallery])
-    assert len(of_100) == len(of_all) == 3 and of_100[2] == pytest.approx(expected)
-    assert of_all[2] == pytest.approx(nb.top1(x, x_labels, y[gallery], y_labels[gallery]))
+def test_neighbors_are_those_of_brute_force_and_of_scikit_learn(nb):
+    x, y = embedded(nb, 2100, 1), embedded(nb, 300, 2)
+    distances, indices = nb.nearest_neighbors(x.z, y.z, 5)
+    brute = np.linalg.norm(x.z.double().numpy()[:, None] - y.z.double().numpy()[None], axis=2)
+    assert (indices.numpy() == brute.argsort(1)[:, :5]).all()
+    assert np.allclose(distances, np.sort(brute, 1)[:, :5], atol=1e-4)
+    theirs = NearestNeighbors(n_neighbors=5).fit(y.z.numpy()).kneighbors(x.z.numpy())[1]
+    assert (indices.numpy() == theirs).all()
+    hits = (y.labels[theirs[:, 0]] == x.labels).numpy()
+    assert (nb.top1_hits(x, y).numpy() == hits).all()
+    assert nb.top1(x, y) == pytest.approx(100 * hits.mean())
 
 
-# ---- encoders and training -----------------------------------------------------------
+def test_a_draw_has_100_queries_and_2000_gallery_images_and_repeats_none(nb):
+    few, gallery = nb.sample_protocol(0, 10_000, 60_000)
+    assert (len(few.unique()), len(gallery.unique())) == (100, 2_000)
+    assert (len(few), len(gallery)) == (100, 2_000)
+    assert few.max() > 9_000  # from all of them
+    assert gallery.max() > 55_000
+    again, others = nb.sample_protocol(0, 10_000, 60_000), nb.sample_protocol(1, 10_000, 60_000)
+    assert torch.equal(again[1], gallery)
+    assert not torch.equal(others[0], few)
+    assert not torch.equal(others[1], gallery)
 
 
-@pytest.fixture()
-def fp32(monkeypatch):
-    monkeypatch.setenv("A3_PRECISION", "fp32")
+def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
+    x, y = embedded(nb, 150, 2), embedded(nb, 2_500, 3)
+    scores = nb.top1_of_draws(x, y, draws=3)
+    for seed in range(3):
+        few, gallery = nb.sample_protocol(seed, 150, 2_500)
+        gallery = nb.Digits(y.z[gallery], y.labels[gallery])
+        assert scores["100"][seed] == nb.top1(nb.Digits(x.z[few], x.labels[few]), gallery)
+        assert scores["all"][seed] == nb.top1(x, gallery)
+    assert len(scores["100"]) == len(scores["all"]) == 3
 
 
-def test_architecture_is_the_starters(nb):
-    model = nb.StreetClassifier()
-    convolutions = [m for m in model.features if isinstance(m, nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.padding[0]) for c in convolutions] == [
-        (3, 32, 1), (32, 32, 1), (32, 64, 1), (64, 64, 1), (64, 128, 1), (128, 128, 1),
-        (128, 256, 0),
-    ]  # fmt: skip
-    assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 256, 1, 1)
-    assert all(not m.affine for m in model.features if isinstance(m, nn.BatchNorm2d))
-    assert [m.p for m in model.features if isinstance(m, nn.Dropout)] == [0.3] * 7
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+# ---- encoders ----
 
 
-@pytest.mark.parametrize("small, unit_sphere", [(False, False), (True, True)])
-def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere, fp32):
+@pytest.mark.parametrize(("small", "unit_sphere"), [(False, False), (True, True)])
+def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere):
     torch.manual_seed(0)
-    network = nb.StreetClassifier()
-    model = nb.JointEmbedding(network, small, unit_sphere).eval()
-    split = _toy_split(3, 32, n=12)
+    network, split = nb.StreetClassifier(), bars(12, 3, 32)
+    model = nb.JointEmbedding(network, small, unit_sphere)
     features = nb.street_features(network, split)
-    assert features.shape == (12, 256) and features.dtype == torch.float32
-    assert not any(m.training for m in network.features.modules())
-    from_pixels = model(utils.to_float(split.images))
-    assert torch.allclose(nb.embed_street(model, features), from_pixels, atol=1e-5)
-    z = utils.predict(model, _toy_split(1, 28, n=12))
-    assert z.shape == (12, 64)
+    assert (features.shape, features.dtype) == ((12, 256), torch.float32)
+    z = nb.embed_street(model, features)
+    pooled = network.features.eval()(utils.to_float(split.images)).mean((2, 3))
+    expected = pooled @ model.W.weight.T + model.W.bias
     if unit_sphere:
-        assert torch.allclose(z.norm(dim=1), torch.ones(12), atol=1e-5)
+        expected = expected / expected.norm(dim=1, keepdim=True)
+    assert torch.allclose(z, expected, atol=1e-5)
+    assert torch.allclose(model(utils.to_float(split.images)), expected, atol=1e-5)
+    handwritten = utils.predict(model, bars(12, 1, 28))
+    assert handwritten.shape == z.shape == (12, 64)
+    assert torch.allclose(handwritten.norm(dim=1), torch.ones(12), atol=1e-5) == unit_sphere
 
 
-@pytest.mark.parametrize("name", ["suggested", "augmentation"])
-def test_training_changes_theta_and_w_and_leaves_g(nb, fp32, name):
+# ---- training ----
+
+
+@pytest.fixture
+def data(nb):
+    """What an embedding is trained on; the features tell the digit."""
+    labels = torch.arange(90) % 10
+    street = nb.Digits(F.one_hot(labels, 256).float() * 3, labels)
+    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(40, 1, 28, 2), street)
+
+
+def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):
+    digits = utils.Split(
+        torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(250) % 10
+    )
+    digits = digits.take(np.arange(300) % 250)
+    plan = utils.Plan("x", epochs=2, steps=3, seed=1)
+    street = nb.Digits(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
+    batches = list(nb.TripletLoader(digits, street, nb.BASELINE, plan).epoch(0))
+    assert len(batches) == 3
+    orders = []
+    for images, x_labels, features, y_labels in batches:
+        assert len(images) == len(x_labels) == len(features) == len(y_labels) == 256
+        x_marks = ((images.flatten() + 1) * 127.5).round().long()
+        y_marks = features.flatten().long()
+        assert torch.equal(x_labels, x_marks % 10)
+        assert torch.equal(y_labels, (y_marks + 3) % 10)
+        assert len(y_marks.unique()) == 256  # none twice
+        orders += [x_marks, y_marks]
+    for number, order in enumerate(orders):
+        assert all((order == other).sum() < 15 for other in orders[:number])
+    few = next(nb.TripletLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
+    assert len(few[2].unique(dim=0)) == 10
+    assert len(few[3]) == 90
+    other = next(nb.TripletLoader(digits, street, nb.BASELINE, plan).epoch(1))
+    assert not torch.equal(other[2], batches[0][2])
+
+
+@pytest.mark.parametrize("name", ["suggested", "warped"])
+def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, monkeypatch, name):
+    handed = []
+    monkeypatch.setattr(utils, "fit", lambda *arguments: handed.extend(arguments))
+    variant, plan = nb.VARIANTS[name], utils.Plan("x", epochs=2, steps=3, seed=1)
+    model, _ = nb.train_embedding(variant, nb.StreetClassifier(), data, plan)
+    _, _, batches, loss_fn, done = handed
+    assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
+    assert loss_fn.keywords == {"semi_hard": variant.semi_hard}
+    images, x_labels, *_ = next(batches(0))
+    assert images.shape[2:] == ((24, 24) if variant.small else (28, 28))
+    assert len(x_labels) == 256
+    held_out = nb.Digits(utils.predict(model, data.held_out), data.held_out.labels)
+    gallery = nb.Digits(nb.embed_street(model, data.street.z), data.street.labels)
+    assert done.evaluate(model) == {"val_top1": nb.top1(held_out, gallery)}
+
+
+def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(nb, data):
     torch.manual_seed(0)
     network = nb.StreetClassifier()
-    digits, streets = _toy_split(1, 28, seed=1), _toy_split(3, 32, seed=2)
-    features = nb.street_features(network, streets)
-    g_before = {key: value.clone() for key, value in network.features.state_dict().items()}
-    model, history = nb.train_embedding(
-        name, network, digits, digits.first(20), features, streets.labels,
-        epochs=3, steps=6, size=32,
-    )  # fmt: skip
-    model.train()
-    assert not any(m.training for m in model.g.modules()) and model.f.training
-    assert not any(parameter.requires_grad for parameter in model.g.parameters())
-    assert all(torch.equal(value, g_before[key]) for key, value in model.g.state_dict().items())
-    utils.seed_everything(0)
-    first = nb.JointEmbedding(network, model.small, model.unit_sphere).state_dict()
-    trained = {key for key, value in model.named_parameters() if not torch.equal(value, first[key])}
-    assert trained == {key for key, _ in model.named_parameters() if not key.startswith("g.")}
+    before = {name: value.clone() for name, value in network.features.state_dict().items()}
+    plan = utils.Plan("x", epochs=2, steps=6, seed=1)
+    model, history = nb.train_embedding(nb.VARIANTS["both"], network, data, plan)
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
+    assert history[-1]["val_top1"] > 90
     assert all(0 <= row["train_active"] <= 100 for row in history)
-    if name == "augmentation":
-        assert history[-1]["train_loss"] < history[0]["train_loss"]
+    for name, value in model.g.state_dict().items():
+        assert torch.equal(value, before[name])
+    utils.seed_everything(1)
+    untrained = nb.JointEmbedding(network, True, True).state_dict()
+    moved = {n for n, value in model.named_parameters() if not torch.equal(value, untrained[n])}
+    assert moved == {n for n, _ in model.named_parameters() if not n.startswith("g.")}
 
 
-# ---- where g comes from --------------------------------------------------------------
-
-
-def _street(real: bool) -> utils.DigitData:
-    split = _toy_split(3, 32, n=64)
-    return utils.DigitData("toy street numbers", split, split.first(32), real)
-
-
-def _no_network(*_, **__):
-    raise utils.DataError("no network")
-
-
-def _write_weights(nb, folder, sha256: str | None = None) -> nn.Module:
-    """Weights and their .json as offline/street_classifier.py leaves them, in float16."""
-    path, model = folder / "street_classifier.pt", nb.StreetClassifier()
-    state = model.state_dict().items()
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state}, path)
-    sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256}), encoding="utf-8")
-    return model.eval()
-
-
-def test_published_weights_are_read_and_their_classes_put_in_order(nb, monkeypatch):
-    """The published head's class k is the digit k + 1: 1, 2, ..., 9, 0."""
-    published = nb.StreetClassifier().eval()
-    plain = {k: v for k, v in published.state_dict().items() if "num_batches" not in k}  # old torch
-
-    def download(urls, path, sha256_prefix, size=None):
-        assert len(urls) == 2 and sha256_prefix == "f564f3d8"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(plain, path)
-        return path
-
-    monkeypatch.setattr(utils, "download_weights", download)
-    model, images = nb.published_classifier(), torch.randn(4, 3, 32, 32)
-    assert not model.training
-    assert torch.allclose(model(images).roll(-1, 1), published(images), atol=1e-6)
-
-
-def test_our_weights_are_read_or_refused(nb, tmp_path):
-    written = _write_weights(nb, tmp_path)
-    read, images = nb.our_classifier(tmp_path), torch.randn(2, 3, 32, 32)
-    assert next(read.parameters()).dtype == torch.float32
-    assert torch.allclose(read(images), written(images), atol=0.02)
-    _write_weights(nb, tmp_path, sha256="0" * 64)
-    with pytest.raises(ValueError, match="street_classifier"):
-        nb.our_classifier(tmp_path)
-
-
-def test_weights_that_read_badly_are_not_used_and_g_is_trained(nb, tmp_path, monkeypatch, capsys):
-    _write_weights(nb, tmp_path)  # untrained
-    monkeypatch.setattr(nb.our_classifier, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(utils, "download_weights", _no_network)
-    model, origin = nb.pretrained_classifier(_street(True), images=64)
-    printed = capsys.readouterr().out
-    assert "trained in this notebook" in origin and not model.training
-    assert "no network" in printed and "on 64 training images" in printed
-
-
-def test_stand_in_data_do_not_ask_the_network(nb, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(nb.our_classifier, "__defaults__", (tmp_path,))  # an empty folder
-    monkeypatch.setattr(utils, "download_weights", _no_network)
-    _, origin = nb.pretrained_classifier(_street(False), images=64)
-    assert "trained in this notebook" in origin
-    assert "no network" not in capsys.readouterr().out
-
-
-def test_committed_weights_read_street_numbers(nb, monkeypatch):
-    if not (utils.OFFLINE / "street_classifier.pt").exists():
-        pytest.skip("no weights of g here: the notebook trains it")
-    assert (utils.OFFLINE / "street_classifier.pt").stat().st_size < 2_000_000
-    monkeypatch.setenv("A3_PROFILE", "tiny")
-    rendered = utils.offline_module("street_numbers").stand_in().test
-    assert nb.test_accuracy(nb.our_classifier(), rendered) >= nb.LEAST_G
+def test_g_stays_in_eval_mode_and_asks_for_no_gradients(nb):
+    model = nb.JointEmbedding(nb.StreetClassifier(), False, False).train()
+    assert not any(part.training for part in model.g.modules())
+    assert all(part.training for part in model.f.modules())
+    assert not any(parameter.requires_grad for parameter in model.g.parameters())
+    before = {name: value.clone() for name, value in model.g.state_dict().items()}
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(model(images), model(images))  # no dropout
+    assert all(torch.equal(value, before[name]) for name, value in model.g.state_dict().items())
+    assert not any(part.training for part in model.eval().modules())

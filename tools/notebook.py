@@ -1,32 +1,43 @@
-"""Keep assignment3.ipynb in order: `sync` the helper cell, `run` the notebook, `publish` a run.
+"""Keep assignment3.ipynb in order; load its definitions for tests and training scripts.
 
-python tools/notebook.py sync               copy utils.py into the notebook's helper cell, tidy it
-python tools/notebook.py run OUT.ipynb      execute it into OUT, progress on the terminal
+python tools/notebook.py sync               copy utils.py into the notebook's helper cell
+python tools/notebook.py run OUT.ipynb      execute the notebook into OUT.ipynb
 python tools/notebook.py publish RUN.ipynb  make a run the committed one: notebook, figures, README
-python tools/notebook.py results [RUN]      print the results table of an executed notebook
+python tools/notebook.py results [RUN]      print the table of answers of an executed notebook
 """
 
 from __future__ import annotations
 
 import json
+import linecache
 import os
+import re
 import shutil
-import subprocess
+import socket
 import sys
 import tempfile
-import threading
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
+import nbclient
 import nbformat
+from bs4 import BeautifulSoup
+from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
-QUOTES = "'" * 3
+QUOTES = "'" * 3  # around the copy of utils.py in the helper cell
 MARKS = ("<!-- results: made by `make publish` -->", "<!-- end of results -->")
-FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab; in JupyterLab
-
-
+LANGUAGE = {
+    "name": "python",
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
 HELPER_CELL = """\
 # @title Helper: a copy of utils.py
 import importlib.util
@@ -37,7 +48,10 @@ UTILS = SOURCE
 
 ours = Path("utils.py").resolve()
 if not ours.exists():
-    ours.write_text(UTILS, encoding="utf-8")
+    # Renamed when complete: a full disk or an interrupt must not leave half a module.
+    partial = ours.with_name("utils.py.partial")
+    partial.write_text(UTILS, encoding="utf-8", newline="\\n")
+    partial.replace(ours)
 elif ours.read_text(encoding="utf-8") != UTILS:
     print(
         "The utils.py in this folder differs from this copy, and is the one used; "
@@ -54,39 +68,26 @@ if not found.origin or Path(found.origin) != ours:
 """
 
 
-def helper_cell(source: str) -> str:
-    """Source of the notebook cell that carries `source` and writes it where none is found.
-
-    The cell stops with the name of the file when `import utils` would find another one.
-    """
-    if QUOTES in source:
-        raise ValueError(f"utils.py must not hold {QUOTES}: the notebook quotes it with them.")
-    return HELPER_CELL.strip().replace("SOURCE", f"r{QUOTES}{source}{QUOTES}", 1)
+# ---- reading and writing ----
 
 
-def tagged(notebook: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode:
-    """The only cell with this tag. Raises ValueError when there is none or more than one."""
-    found = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
-    if len(found) != 1:
-        raise ValueError(f"the notebook must hold one cell tagged {tag!r}; it holds {len(found)}.")
-    return found[0]
+def read(path: Path) -> NotebookNode:
+    """The notebook at `path`, whatever the locale."""
+    return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
 
 
-def save(notebook: nbformat.NotebookNode, path: Path) -> None:
+def save(notebook: NotebookNode, path: Path) -> None:
     """Write `notebook` with ids that follow its order and only the metadata a reader needs.
 
     Cells that begin with `# @title` are folded; Colab is asked for a GPU.
     """
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
-        tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        if cell.cell_type == "code" and cell.source.startswith("# @title"):
-            cell.metadata.update(nbformat.from_dict(FOLDED))
+        cell.metadata = nbformat.from_dict(cell_metadata(cell))
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
+            "language_info": LANGUAGE,
             "accelerator": "GPU",
             "colab": {"provenance": [], "toc_visible": True, "gpuType": "T4"},
         }
@@ -95,119 +96,370 @@ def save(notebook: nbformat.NotebookNode, path: Path) -> None:
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
 
 
-def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook, whatever the locale."""
-    return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+def cell_metadata(cell: NotebookNode) -> dict[str, Any]:
+    """What is kept of a cell's metadata: its tags, and that it is folded."""
+    metadata: dict[str, Any] = {}
+    if tags(cell):
+        metadata["tags"] = tags(cell)
+    if cell.cell_type == "code" and cell.source.startswith("# @title"):
+        metadata["cellView"] = "form"  # folded in Colab
+        metadata["jupyter"] = {"source_hidden": True}  # folded in JupyterLab
+    return metadata
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """The tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
+    """The cells that have this tag, in order."""
+    return [cell for cell in notebook.cells if tag in tags(cell)]
+
+
+def only_tagged(notebook: NotebookNode, tag: str) -> NotebookNode:
+    """The only cell with this tag. Raises ValueError when there is none or more than one."""
+    found = tagged(notebook, tag)
+    if len(found) != 1:
+        raise ValueError(f"The notebook must have one cell tagged {tag!r}; it has {len(found)}.")
+    return found[0]
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """The code cells, in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def load_definitions(path: Path = NOTEBOOK) -> types.ModuleType:
+    """What the notebook's cells tagged `definitions` define, executed in order as one module.
+
+    The source of its functions can be inspected. The module cannot be imported by its name, so
+    joblib sends its functions and classes to worker processes by value, as it does those of a
+    notebook.
+    """
+    source = "\n\n\n".join(cell.source for cell in tagged(read(path), "definitions")) + "\n"
+    module = types.ModuleType("assignment3")
+    module.__file__ = f"<definitions of {path.name}>"
+    lines = source.splitlines(keepends=True)
+    linecache.cache[module.__file__] = (len(source), None, lines, module.__file__)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(source, module.__file__, "exec"), vars(module))
+    del sys.modules[module.__name__]
+    return module
+
+
+# ---- sync ----
+
+
+def helper_cell(source: str) -> str:
+    """Text of the cell that carries `source` and writes it to utils.py where there is none.
+
+    The cell stops with the name of the file when `import utils` would find another one.
+    """
+    if QUOTES in source:
+        raise ValueError(f"utils.py must not hold {QUOTES}: the notebook quotes it with them.")
+    return HELPER_CELL.strip().replace("SOURCE", f"r{QUOTES}{source}{QUOTES}", 1)
 
 
 def sync(path: Path = NOTEBOOK) -> None:
-    """Refresh the notebook's copy of utils.py."""
+    """Refresh the notebook's copy of utils.py, and tidy its metadata."""
     notebook = read(path)
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
-    tagged(notebook, "helper-module").source = helper_cell(source)
+    only_tagged(notebook, "helper-module").source = helper_cell(source)
     save(notebook, path)
 
 
-def follow(log: Path, stop: threading.Event) -> None:
-    """Print what is added to `log` until `stop` is set."""
-    with log.open(encoding="utf-8") as lines:
-        while not stop.is_set():
-            if line := lines.readline():
-                print(line, end="", flush=True)
-            else:
-                stop.wait(0.5)
+# ---- run ----
+
+
+class Console:
+    """Prints lines, and below them the line in progress: what a progress bar shows.
+
+    A terminal shows each state of the line in progress, in one place; elsewhere (a log file) only
+    its last state is printed.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.line = ""  # in progress
+        self.partial = ""  # of a stream: what came after its last line end
+
+    def write(self, text: str) -> None:
+        """Take the next piece of a stream, of any length."""
+        if self.line == self.partial:
+            self.line = ""  # the text goes on with it
+        *finished, self.partial = (self.partial + text).split("\n")
+        for line in finished:
+            self.print_line(visible(line))
+        if self.partial:
+            self.progress(self.partial)
+
+    def print_line(self, text: str) -> None:
+        """Print a line above the one in progress."""
+        self._put(text + "\n")
+        if self.line:
+            self.progress(self.line)
+
+    def progress(self, text: str) -> None:
+        """Show a new state of the line in progress."""
+        self.line = text
+        if self.stream.isatty():
+            self._put(visible(text)[: shutil.get_terminal_size().columns - 1])
+
+    def finish(self) -> None:
+        """The line in progress is complete: keep its last state."""
+        if visible(self.line):
+            self._put(visible(self.line) + "\n")
+        self.line = self.partial = ""
+
+    def _put(self, text: str) -> None:
+        erase = "\r\x1b[K" if self.stream.isatty() else ""
+        self.stream.write(erase + text)
+        self.stream.flush()
+
+
+def visible(line: str) -> str:
+    """What a terminal shows of a line with carriage returns: the text after the last one."""
+    return line.rstrip("\r").rpartition("\r")[2].rstrip()
+
+
+class StreamingClient(nbclient.NotebookClient):
+    """Shows what cells print while they run, and displays of plain text that change."""
+
+    def __init__(self, notebook: NotebookNode, console: Console, **settings: Any):
+        super().__init__(notebook, **settings)
+        self.console = console
+        self.shown: dict[str, str] = {}  # what each display that can change shows now
+        self.last_display = ""
+
+    def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> Any:
+        """Show a message of the kernel, then let nbclient put it into the notebook."""
+        content = msg["content"]
+        if msg["msg_type"] == "stream":
+            self.console.write(content["text"])
+        elif content.get("data", {}).keys() == {"text/plain"}:
+            self.show(content["data"]["text/plain"], content.get("transient", {}))
+        elif content.get("execution_state") == "idle":  # the cell has ended
+            self.console.finish()
+        return super().process_message(msg, cell, cell_index)
+
+    def show(self, text: str, transient: dict[str, str]) -> None:
+        """Show the text of a display that can change: in place if it is the last one."""
+        display = transient.get("display_id", "")
+        if not display:
+            return
+        before = self.shown.get(display)
+        self.shown[display] = text
+        if before is None:
+            self.console.finish()
+            self.last_display = display
+        if display == self.last_display:
+            self.console.progress(text)
+        else:
+            self.console.print_line(text.removeprefix(before).strip())
 
 
 def run(output: Path) -> None:
-    """Execute the notebook in the project's folder with papermill; stop at the first error.
+    """Execute the notebook in the project's folder; stop at the first error.
 
-    What the run writes goes beside `output`: checkpoints and figures into runs/ (or A3_RUNS).
+    The notebook is saved as far as it came. What it writes goes beside `output`: checkpoints and
+    figures into runs/ (or A3_RUNS).
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    started, stop = time.perf_counter(), threading.Event()
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "progress.log"
-        log.touch()
-        follower = threading.Thread(target=follow, args=(log, stop), daemon=True)
-        follower.start()
-        runs = os.environ.get("A3_RUNS") or str(output.parent / "runs")
-        command = [sys.executable, "-m", "papermill", "--cwd", str(ROOT), "--kernel", "python3"]
-        command += ["--progress-bar", "--log-level", "WARNING", str(NOTEBOOK), str(output)]
-        done = subprocess.run(
-            command, env=os.environ | {"A3_PROGRESS": str(log), "A3_RUNS": runs}, check=False
-        )
-        stop.set()
-        follower.join()
-    if done.returncode:
-        raise SystemExit(f"The notebook stopped with an error; see {output}.")
+    started = time.perf_counter()
+    notebook = without_outputs(read(NOTEBOOK))
+    client = StreamingClient(
+        notebook,
+        Console(sys.stdout),
+        kernel_name="python3",
+        coalesce_streams=True,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
+    )
+    runs = os.environ.get("A3_RUNS") or str(output.parent / "runs")
+    try:
+        client.execute(cwd=str(ROOT), env=os.environ | {"A3_RUNS": runs})
+    except nbclient.exceptions.CellExecutionError as error:
+        raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
+    finally:
+        drop_empty_outputs(notebook)
+        save(notebook, output)
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
+def without_outputs(notebook: NotebookNode) -> NotebookNode:
+    """The notebook, changed in place: not executed."""
+    for cell in code_cells(notebook):
+        cell.outputs = []
+        cell.execution_count = None
+    return notebook
+
+
+def drop_empty_outputs(notebook: NotebookNode) -> None:
+    """Take out what shows nothing: a finished progress bar, a display that was never filled."""
+    for cell in code_cells(notebook):
+        cell.outputs = [output for output in cell.outputs if shows_something(output)]
+
+
+def shows_something(output: NotebookNode) -> bool:
+    """Whether an output has any text or data that is not empty."""
+    if "data" in output:
+        return any(output.data.values())
+    return bool(output.get("text", "an error").strip())
+
+
+def failure(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionError) -> str:
+    """The number (from 1, of all cells), title and error of the cell that failed."""
+    heading = ""
+    for number, cell in enumerate(notebook.cells, start=1):
+        heading = heading_of(cell) or heading
+        if any(output.output_type == "error" for output in cell.get("outputs", [])):
+            title = form_title(cell) or heading
+            return f"Cell {number} ({title}) failed: {error.ename}: {error.evalue}"
+    return f"{error.ename}: {error.evalue}"
+
+
+def heading_of(cell: NotebookNode) -> str:
+    """The last heading of a Markdown cell, else nothing."""
+    if cell.cell_type != "markdown":
+        return ""
+    headings = re.findall(r"^#+ +(.+)", cell.source, flags=re.MULTILINE)
+    return headings[-1] if headings else ""
+
+
+def form_title(cell: NotebookNode) -> str:
+    """What stands behind `# @title` of a code cell, else nothing."""
+    first_line = cell.source.partition("\n")[0]
+    return first_line.removeprefix("# @title ") if first_line.startswith("# @title ") else ""
+
+
+# ---- publish ----
+
+
 def publish(executed: Path) -> None:
-    """Make an executed notebook the committed one, with its figures, results and README table."""
-    notebook = read(executed)
-    number = 0
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        number += 1
-        cell.execution_count = number
-        # What showed the progress of a training is empty when the training is done.
-        cell.outputs = [o for o in cell.outputs if o.get("data") != {"text/plain": ""}]
-        for output in cell.outputs:
-            output.pop("transient", None)
-            if output.output_type == "execute_result":
-                output.execution_count = number
-            if output.get("name") == "stderr" or output.output_type == "error":
-                raise SystemExit(f"Cell {number} left an error or text on stderr; not published.")
+    """Make an executed notebook the committed one, with its figures, results and README table.
+
+    The text is the committed notebook's; its code must be that of the run. Raises SystemExit with
+    every reason why a run cannot be published.
+    """
+    committed, notebook = read(NOTEBOOK), read(executed)
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
-    text = readme_with(table(notebook), results)
-    save(notebook, NOTEBOOK)
+    faults = [*results_faults(results), *output_faults(notebook)]
+    if [cell.source for cell in code_cells(committed)] != [c.source for c in code_cells(notebook)]:
+        faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
+    if faults:
+        raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
+    text = readme_with(answers(notebook), results)
+    for cell, source in zip(code_cells(committed), code_cells(notebook), strict=True):
+        cell.outputs = source.outputs
+        cell.execution_count = source.execution_count
+    save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
     (ROOT / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 
-def table(notebook: nbformat.NotebookNode) -> str:
-    """The summary table of an executed notebook, as Markdown."""
-    texts = [
-        o.get("data", {}).get("text/markdown", "") for o in tagged(notebook, "front-page").outputs
-    ]
-    tables = [text for text in texts if text.startswith("|")]
-    if not tables:
-        raise SystemExit("The notebook holds no table of results; run it first.")
-    return tables[0]
+def results_faults(results: dict[str, Any]) -> list[str]:
+    """Why the results of a run (results.json) cannot be the committed ones."""
+    faults = []
+    if results["profile"] != "full":
+        faults.append(f"the profile is {results['profile']}, not full")
+    stand_ins = [data["name"] for data in results["data"].values() if not data["real"]]
+    faults += [f"{name} is a stand-in" for name in stand_ins]
+    if results["run"]["resumed"]:
+        faults.append("stored trainings were used: delete build/runs and run again")
+    failed = [claim for claim, holds in results["claims"].items() if not holds]
+    faults += [f"does not hold: {claim}" for claim in failed]
+    return faults
 
 
-def readme_with(summary: str, results: dict) -> str:
-    """README.md with `summary` and the facts of its run between the two marks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    notes = [
-        f"{data['name']}: {data['train']:,} training and {data['test']:,} test images."
+def output_faults(notebook: NotebookNode) -> list[str]:
+    """What is wrong with the outputs of an executed notebook; cells are counted from 1."""
+    faults = []
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    if counts != list(range(1, len(counts) + 1)):
+        faults.append("the cells were not executed once each, in order")
+    for number, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            faults += [f"cell {number} {what}" for what in faults_of(output)]
+    return faults
+
+
+def faults_of(output: NotebookNode) -> Iterator[str]:
+    """What is wrong with one output."""
+    if output.output_type == "error":
+        yield f"stopped with {output.ename}"
+    if output.get("name") == "stderr":
+        yield f"left text on stderr: {output.text.strip()}"
+    for text in texts_of(output):
+        for place in local_places():
+            if re.search(rf"(?<!\w){re.escape(place)}(?!\w)", text):
+                yield f"shows the local name {place}"
+
+
+def texts_of(output: NotebookNode) -> list[str]:
+    """The texts of an output, without the bytes of images."""
+    data = output.get("data", {})
+    texts = [data[kind] for kind in data if not kind.startswith(("image/png", "image/jpeg"))]
+    return [output.get("text", ""), *(text for text in texts if isinstance(text, str))]
+
+
+def local_places() -> set[str]:
+    """Names that only this machine has: its own, and where files lie on it."""
+    places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
+    return places | ({socket.gethostname()} - {"localhost"})
+
+
+def answers(notebook: NotebookNode) -> str:
+    """The table of answers of an executed notebook, as Markdown.
+
+    It is the HTML table that the cell tagged `answers` shows. Raises SystemExit where none is.
+    """
+    for output in only_tagged(notebook, "answers").outputs:
+        page = BeautifulSoup(output.get("data", {}).get("text/html", ""), "html.parser")
+        rows = [
+            [entry.get_text(" ", strip=True) for entry in row.find_all(["th", "td"])]
+            for row in page.find_all("tr")
+        ]
+        if rows:
+            lines = ["| " + " | ".join(row) + " |" for row in rows]
+            lines.insert(1, "| :--- |" + " ---: |" * (len(rows[0]) - 1))
+            return "\n".join(lines)
+    raise SystemExit("The notebook shows no table of answers; run it first.")
+
+
+def readme_with(table: str, results: dict[str, Any]) -> str:
+    """README.md with `table` and the facts of its run between the two marks."""
+    run_of = results["run"]
+    facts = [
+        f"{data['name']}: {data['train']:,} training and {data['test']:,} test images"
         for data in results["data"].values()
     ]
-    run = results["run"]
-    notes.append(
-        f"One run of {run['wall_seconds'] / 60:.0f} minutes, {run['jobs']} trainings at once"
-        f"{', partly resumed' if run['resumed'] else ', in one piece'}: {results['machine']}."
+    facts.append(
+        f"One run of {run_of['wall_seconds'] / 60:.0f} minutes in one piece, "
+        f"{run_of['jobs']} trainings at once: {results['machine']}"
     )
-    notes = "\n".join(f"- {note}" for note in notes)
-    return f"{before}{MARKS[0]}\n\n{summary}\n\n{notes}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    notes = "\n".join(f"- {fact}." for fact in facts)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n\n{table}\n\n{notes}\n\n{MARKS[1]}{after}"
+
+
+def print_results(executed: Path = NOTEBOOK) -> None:
+    """Print the table of answers of an executed notebook."""
+    print(answers(read(executed)))
 
 
 def main(arguments: list[str]) -> None:
     """Run the command named first, with the paths that follow it."""
-    commands = {"sync": sync, "run": run, "publish": publish}
-    name, paths = (arguments or ["help"])[0], [Path(text) for text in arguments[1:]]
-    if name in commands:
-        commands[name](*paths)
-    elif name == "results":
-        print(table(read(*(paths or [NOTEBOOK]))))
-    else:
+    commands = {"sync": sync, "run": run, "publish": publish, "results": print_results}
+    if not arguments or arguments[0] not in commands:
         raise SystemExit(__doc__)
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows a question mark
+    commands[arguments[0]](*map(Path, arguments[1:]))
 
 
 if __name__ == "__main__":

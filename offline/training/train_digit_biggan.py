@@ -1,8 +1,10 @@
 """Trains the digit BigGAN of Question 3 and its evaluation classifier, on one CPU core.
 
-    A3_DATA_ROOT=FOLDER python offline/train_digit_biggan.py
+    A3_DATA_ROOT=FOLDER python -m offline.training.train_digit_biggan
 
-Generator      pytorch-pretrained-biggan's BigGAN at 32 x 32, 20 classes (digit_biggan.py)
+Run it in the project's folder.
+
+Generator      pytorch-pretrained-biggan's BigGAN at 32 x 32, 20 classes (../digit_biggan.py)
 Discriminator  residual, spectral norm, projection of the class (Miyato & Koyama 2018)
 Loss           hinge (Lim & Ye 2017), plus a class term as in AC-GAN (Odena et al. 2017) from a
                guide: a classifier trained on real images beforehand and then frozen
@@ -12,17 +14,15 @@ For stability  two learning rates (Heusel et al. 2017), spectral norm (Miyato et
 Measures the raw and the averaged generator of every 500th step with the evaluation classifier,
 which the generator never meets, and the final one by its classification accuracy score (CAS,
 Ravuri & Vinyals 2019). Writes digit_biggan.pt, evaluation_classifier.pt and digit_biggan_log.json
-beside this file. A stopped run resumes from its last checkpoint (A3_RUNS/digit_biggan).
+into offline/weights. A stopped run goes on from its last checkpoint (A3_RUNS/digit_biggan).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -33,25 +33,26 @@ from pytorch_pretrained_biggan.model import BigGANBatchNorm
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import utils  # noqa: E402
-from offline.digit_biggan import (  # noqa: E402
+import utils
+from offline.digit_biggan import (
     DIGIT_CLASSES,
+    WEIGHTS,
     Z_DIM,
     EvaluationClassifier,
-    digit_biggan_config,
-    frechet_distance,
+    untrained_digit_biggan,
 )
-from offline.street_classifier import from_notebook, percent  # noqa: E402
+from offline.training.train_street_classifier import notebook, save_half, write_text
 
+CPU = torch.device("cpu")
 CLASSES = len(DIGIT_CLASSES)
 STREET_BATCH, WRITTEN_BATCH = 40, 24  # SVHN is the harder set
 BATCH = STREET_BATCH + WRITTEN_BATCH
-LR_GENERATOR, LR_DISCRIMINATOR, BETAS = 3e-4, 6e-4, (0.0, 0.99)
-# Gain of the discriminator's score. With 4 its hinge loss stood at 1.7 (2: nothing is told apart),
-# with 12 it still did.
-SCORE_GAIN, GAIN_STEP = (4.0, 12.0), 2100  # before and after this step
+LR_GENERATOR, LR_DISCRIMINATOR = 3e-4, 6e-4
+BETAS = (0.0, 0.99)
+# Gain of the discriminator's score, until GAIN_STEP and from then on. With 4 its hinge loss stood
+# at 1.7 (2: nothing is told apart), with 12 it still did.
+FIRST_GAIN, LATER_GAIN = 4.0, 12.0
+GAIN_STEP = 2100
 CLASS_WEIGHT = 0.5  # of the class term in the generator's loss
 EMA_DECAY = 0.999
 STEPS = 2600
@@ -63,12 +64,6 @@ WORLDS = {"street": slice(0, 10), "handwritten": slice(10, 20)}  # the classes o
 SEED = 0
 
 
-def on_fast_type():
-    """Autocast to bf16 where the processor has it."""
-    dtype = utils.precision_policy(torch.device("cpu"))
-    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-
-
 def noise(count: int, generator: torch.Generator, truncation: float = 1.0) -> Tensor:
     """The library's truncated noise, count x 32: a normal cut to -2..2, times the truncation."""
     z = nn.init.trunc_normal_(torch.empty(count, Z_DIM), a=-2.0, b=2.0, generator=generator)
@@ -76,6 +71,7 @@ def noise(count: int, generator: torch.Generator, truncation: float = 1.0) -> Te
 
 
 def one_hot(labels: Tensor) -> Tensor:
+    """Class weights, N x 20, of pure classes."""
     return F.one_hot(labels, CLASSES).float()
 
 
@@ -89,10 +85,10 @@ class RealImages:
     """
 
     def __init__(self, street: utils.DigitData, handwritten: utils.DigitData, part: str) -> None:
-        (padded,) = from_notebook("padded")
+        written = getattr(handwritten, part)
         self.splits = {
             "street": getattr(street, part),
-            "handwritten": padded(getattr(handwritten, part)),
+            "handwritten": utils.Split(F.pad(written.images, (2, 2, 2, 2)), written.labels),
         }
 
     def draw(self, world: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -104,9 +100,10 @@ class RealImages:
 
     def batch(self, street: int, written: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """So many images of each set, SVHN first."""
-        parts = [self.draw("street", street, generator)]
-        parts.append(self.draw("handwritten", written, generator))
-        images, labels = (torch.cat(pair) for pair in zip(*parts, strict=True))
+        street_images, street_labels = self.draw("street", street, generator)
+        written_images, written_labels = self.draw("handwritten", written, generator)
+        images = torch.cat([street_images, written_images])
+        labels = torch.cat([street_labels, written_labels])
         return images.contiguous(memory_format=torch.channels_last), labels
 
 
@@ -135,24 +132,29 @@ class TrainableBatchNorm(BigGANBatchNorm):
         return torch.addcmul(offset[:, :, None, None], x, scale[:, :, None, None])
 
 
+def initialize(model: BigGAN) -> None:
+    """Random weights to begin with: orthogonal convolutions and linear layers."""
+    for name, weight in model.named_parameters():
+        if name.endswith("weight_orig"):
+            nn.init.orthogonal_(weight)
+    nn.init.normal_(model.embeddings.weight, std=0.7)
+    nn.init.ones_(model.generator.bn.weight)
+    nn.init.zeros_(model.generator.bn.bias)
+
+
 def trainable_biggan(state: dict[str, Tensor] | None = None) -> BigGAN:
-    """The library's BigGAN at our size in train mode: orthogonal initialization, or `state`.
+    """The library's BigGAN at our size in train mode, with random weights or `state`.
 
     (copy.deepcopy cannot copy a module with spectral norm once it has run.)
     """
-    model = BigGAN(digit_biggan_config())
+    model = untrained_digit_biggan()
     for module in model.modules():
         if isinstance(module, BigGANBatchNorm):
-            module.__class__ = TrainableBatchNorm
-    if state is not None:
-        model.load_state_dict(state)
+            module.__class__ = TrainableBatchNorm  # the library builds the layers, ours can train
+    if state is None:
+        initialize(model)
     else:
-        for name, weight in model.named_parameters():
-            if name.endswith("weight_orig"):
-                nn.init.orthogonal_(weight)
-        nn.init.normal_(model.embeddings.weight, std=0.7)
-        nn.init.ones_(model.generator.bn.weight)
-        nn.init.zeros_(model.generator.bn.bias)
+        model.load_state_dict(state)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -181,7 +183,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.gain = SCORE_GAIN[0]
+        self.gain = FIRST_GAIN
         self.blocks = nn.Sequential(
             spectral_norm(nn.Conv2d(3, width, 4, stride=2, padding=1)),
             Block(width, 2 * width, down=True),
@@ -204,18 +206,16 @@ def guide_network(width: int = 32) -> nn.Sequential:
         return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
-        *block(3, width, 5), nn.MaxPool2d(2), *block(width, 2 * width, 5), nn.MaxPool2d(2),
-        *block(2 * width, 4 * width, 3), *block(4 * width, 4 * width, 3),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, CLASSES),
-    )  # fmt: skip
-
-
-def save_half(model: nn.Module, path: Path) -> str:
-    """Saves the state dict of `model` with its floating-point numbers as float16; its sha256."""
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    utils.write_atomically(path, lambda target: torch.save(half, target))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        *block(3, width, 5),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width, 5),
+        nn.MaxPool2d(2),
+        *block(2 * width, 4 * width, 3),
+        *block(4 * width, 4 * width, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, CLASSES),
+    )
 
 
 def train_classifier(
@@ -229,13 +229,12 @@ def train_classifier(
     if path.exists():
         return utils.load_weights(model, path)
     generator = torch.Generator().manual_seed(seed)
-    (random_affine,) = from_notebook("random_affine")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
         images, labels = real.batch(88, 40, generator)
-        images = random_affine(images, generator, shift=0.05)
-        with on_fast_type():
+        images = notebook.random_affine(images, generator, (10, 0.05, 0.1, 0.1))
+        with utils.autocast(CPU):
             logits = model(images.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
         optimizer.zero_grad()
@@ -243,20 +242,19 @@ def train_classifier(
         optimizer.step()
         schedule.step()
     save_half(model, path)
-    return utils.load_weights(model, path)  # the rounded weights are the ones to measure with
+    return model
 
 
 # ---- training of the generator -------------------------------------------------------
 
 
 def flat(model: nn.Module) -> Tensor:
+    """All parameters in one long row."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 class Trainer:
     """Both networks, their optimizers, the moving average, the log, and where they stand."""
-
-    parts = ("generator", "discriminator", "average", "opt_g", "opt_d")
 
     def __init__(self, guide: nn.Module) -> None:
         torch.manual_seed(SEED)
@@ -271,23 +269,34 @@ class Trainer:
         self.log: list[dict[str, float]] = []
 
     def save(self, path: Path) -> None:
-        state = {name: getattr(self, name).state_dict() for name in self.parts}
-        state |= {"random": self.random.get_state(), "step": self.step}
-        state |= {"seconds": self.seconds, "log": self.log}
-        utils.write_atomically(path, lambda target: torch.save(state, target))
+        state = {
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict(),
+            "opt_g": self.opt_g.state_dict(),
+            "opt_d": self.opt_d.state_dict(),
+            "random": self.random.get_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": self.log,
+        }
+        utils.write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        for name in self.parts:
-            getattr(self, name).load_state_dict(state[name])
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.average.load_state_dict(state["average"])
+        self.opt_g.load_state_dict(state["opt_g"])
+        self.opt_d.load_state_dict(state["opt_d"])
         self.random.set_state(state["random"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
     def train_step(self, real: RealImages) -> dict[str, float]:
         """One update of the discriminator, then one of the generator on the same fakes."""
-        self.discriminator.gain = SCORE_GAIN[self.step >= GAIN_STEP]
+        self.discriminator.gain = FIRST_GAIN if self.step < GAIN_STEP else LATER_GAIN
         images, labels = real.batch(STREET_BATCH, WRITTEN_BATCH, self.random)
-        with on_fast_type():
+        with utils.autocast(CPU):
             fakes = self.generator(noise(BATCH, self.random), one_hot(labels), 1.0).float()
             both = torch.cat([images, fakes.detach()])
             scores = self.discriminator(both, labels.repeat(2)).float()
@@ -298,7 +307,7 @@ class Trainer:
         self.opt_d.step()
 
         self.discriminator.requires_grad_(False)
-        with on_fast_type():
+        with utils.autocast(CPU):
             scores = self.discriminator(fakes, labels).float()
             logits = self.guide(fakes).float()
         class_loss = F.cross_entropy(logits, labels)
@@ -309,15 +318,24 @@ class Trainer:
         self.discriminator.requires_grad_(True)
 
         self.step += 1
+        self.update_average()
+        return {
+            "loss_d": loss_d.item(),
+            "loss_g": loss_g.item(),
+            "class_loss": class_loss.item(),
+            "d_real": on_real.mean().item(),
+            "d_fake": on_fake.mean().item(),
+        }
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Moves the averaged weights towards the generator's; at first the average is short."""
         decay = min(EMA_DECAY, self.step / (self.step + 10))
-        with torch.no_grad():
-            average, latest = list(self.average.parameters()), list(self.generator.parameters())
-            torch._foreach_lerp_(average, latest, 1 - decay)
-            for mean, now in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-                mean.copy_(now)
-        measured = {"loss_d": loss_d, "loss_g": loss_g, "class_loss": class_loss}
-        measured |= {"d_real": on_real.mean(), "d_fake": on_fake.mean()}
-        return {name: value.item() for name, value in measured.items()}
+        pairs = zip(self.average.parameters(), self.generator.parameters(), strict=True)
+        for average, latest in pairs:
+            average.lerp_(latest, 1 - decay)
+        for average, latest in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            average.copy_(latest)
 
 
 def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
@@ -326,23 +344,31 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
     The log holds, every 100 steps, the means of what `train_step` gives and how far (Euclidean)
     the weights of each network have moved since the entry before.
     """
-    names = ("generator", "average", "discriminator")
+    networks = {
+        "generator": trainer.generator,
+        "average": trainer.average,
+        "discriminator": trainer.discriminator,
+    }
     sums: dict[str, float] = {}
-    before = {name: flat(getattr(trainer, name)) for name in names}
+    before = {name: flat(network) for name, network in networks.items()}
     start = time.process_time() - trainer.seconds
     while trainer.step < steps:
         for name, value in trainer.train_step(real).items():
             sums[name] = sums.get(name, 0.0) + value / LOG_EVERY
         if trainer.step % LOG_EVERY == 0:
-            after = {name: flat(getattr(trainer, name)) for name in names}
-            moved = {f"moved_{n}": (after[n] - before[n]).norm().item() for n in names}
-            row = {name: round(value, 4) for name, value in (sums | moved).items()}
+            after = {name: flat(network) for name, network in networks.items()}
+            for name in networks:
+                sums[f"moved_{name}"] = (after[name] - before[name]).norm().item()
+            row = {name: round(value, 4) for name, value in sums.items()}
             trainer.log.append({"step": trainer.step} | row)
             before, sums = after, {}
             trainer.seconds = time.process_time() - start
             trainer.save(runs / "checkpoint.pt")
         if trainer.step % SNAPSHOT_EVERY == 0:
-            both = {name: getattr(trainer, name).state_dict() for name in names[:2]}
+            both = {
+                "generator": trainer.generator.state_dict(),
+                "average": trainer.average.state_dict(),
+            }
             torch.save(both, runs / f"snapshot-{trainer.step:06d}.pt")
             print(f"{trainer.seconds:.0f} s", trainer.log[-1], flush=True)
 
@@ -350,6 +376,7 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
 # ---- measuring -----------------------------------------------------------------------
 
 
+@torch.no_grad()
 def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 7) -> None:
     """Fills rows of the batch-norm tables (row i: truncation i/50); leaves `model` in eval mode.
 
@@ -357,27 +384,26 @@ def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 
     """
     labels = torch.arange(CLASSES).repeat(per_class)
     model.train()
-    with torch.no_grad():
-        for _ in range(20):  # the spectral norms' power iterations settle
-            z = noise(CLASSES, torch.Generator().manual_seed(seed))
-            model(z, one_hot(labels[:CLASSES]), 1.0)
-        model.eval()
-        norms = [m for m in model.modules() if isinstance(m, TrainableBatchNorm)]
-        for row in rows:
-            z = noise(len(labels), torch.Generator().manual_seed(seed), row / 50)
-            for norm in norms:
-                norm.training, norm.row = True, row
-            model(z, one_hot(labels), max(row, 1) / 50)
+    for _ in range(20):  # the spectral norms' power iterations settle
+        z = noise(CLASSES, torch.Generator().manual_seed(seed))
+        model(z, one_hot(labels[:CLASSES]), 1.0)
+    model.eval()
+    norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
+    for row in rows:
+        z = noise(len(labels), torch.Generator().manual_seed(seed), row / 50)
         for norm in norms:
-            norm.training, norm.row = False, None
+            norm.training, norm.row = True, row
+        model(z, one_hot(labels), max(row, 1) / 50)
+    for norm in norms:
+        norm.training, norm.row = False, None
 
 
 @torch.no_grad()
 def sample(model: BigGAN, labels: Tensor, truncation: float, seed: int) -> Tensor:
     """Images of the classes `labels`, float N x 3 x 32 x 32 in -1..1; none are left out."""
     z = noise(len(labels), torch.Generator().manual_seed(seed), truncation)
-    pairs = zip(z.split(250), one_hot(labels).split(250), strict=True)
-    return torch.cat([model(z, c, truncation) for z, c in pairs])
+    batches = zip(z.split(250), one_hot(labels).split(250), strict=True)
+    return torch.cat([model(part, classes, truncation) for part, classes in batches])
 
 
 @torch.no_grad()
@@ -388,6 +414,24 @@ def features_and_right(
     features = torch.cat([classifier.features(chunk) for chunk in images.split(250)])
     right = classifier.head(F.relu(features)).argmax(1) == labels
     return features, 100 * right.float().mean().item()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of two sets of features (N x D and M x D), each taken as a Gaussian.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al. 2017, equation (6), in
+    float64; the last trace from the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is symmetric.
+    Raises ValueError for fewer than two rows or numbers that are not finite.
+    """
+    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("a and b must have two rows or more, and be finite")
+    a, b = a.double(), b.double()
+    covariance_a, covariance_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + covariance_a.trace() + covariance_b.trace() - 2 * cross)
 
 
 def quality(
@@ -415,20 +459,20 @@ def train_and_test(
     generator = torch.Generator().manual_seed(seed)
     model = model.train().to(memory_format=torch.channels_last)
     steps = epochs * math.ceil(len(train) / 128)
-    (random_affine,) = from_notebook("random_affine")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for _ in range(epochs):
         for index in torch.randperm(len(train), generator=generator).split(128):
-            images = random_affine(utils.to_float(train.images[index]), generator, shift=0.05)
-            with on_fast_type():
+            images = utils.to_float(train.images[index])
+            images = notebook.random_affine(images, generator, (10, 0.05, 0.1, 0.1))
+            with utils.autocast(CPU):
                 logits = model(images.to(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return percent(model, test)
+    return utils.percent_right(model.eval(), test, CPU)
 
 
 def generated_split(model: BigGAN, world: str, count: int, seed: int = 23) -> utils.Split:
@@ -436,8 +480,7 @@ def generated_split(model: BigGAN, world: str, count: int, seed: int = 23) -> ut
     digits = torch.arange(10).repeat(count // 10)
     images = sample(model, digits + WORLDS[world].start, 1.0, seed)
     rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    (gray,) = from_notebook("gray")
-    return gray(utils.Split(rounded, digits))
+    return notebook.gray(utils.Split(rounded, digits))
 
 
 def report(
@@ -469,7 +512,6 @@ def report(
     model = trainer.average
     standing_statistics(model, range(51), per_class=25)
     facts["sha256"] = save_half(model, out / "digit_biggan.pt")
-    utils.load_weights(model, out / "digit_biggan.pt")
     truncations = (0.4, 0.7, 1.0)
     facts["final"] = {f"{t}": quality(model, classifier, reference, t) for t in truncations}
     print(json.dumps(facts["final"]), flush=True)
@@ -480,56 +522,70 @@ def write_log(settings: dict, facts: dict, steps: list[dict], path: Path) -> Non
     """Writes digit_biggan_log.json: settings, measurements, and one line for every 100 steps."""
     rows = ",\n".join(json.dumps(row) for row in steps)
     head = json.dumps({"settings": settings} | facts, indent=1)[:-2]
-    text = f'{head},\n "steps": [\n{rows}\n]\n}}\n'
-    utils.write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, f'{head},\n "steps": [\n{rows}\n]\n}}\n')
+
+
+def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
+    """All that decides the weights, for the log."""
+    return {
+        "trained_on": trained_on,
+        "steps": trainer.step,
+        "core_minutes": round(trainer.seconds / 60, 1),
+        "batch": [STREET_BATCH, WRITTEN_BATCH],
+        "lr_generator": LR_GENERATOR,
+        "lr_discriminator": LR_DISCRIMINATOR,
+        "betas": BETAS,
+        "score_gain": [FIRST_GAIN, LATER_GAIN],
+        "gain_step": GAIN_STEP,
+        "class_weight": CLASS_WEIGHT,
+        "ema_decay": EMA_DECAY,
+        "guide_steps": GUIDE_STEPS,
+        "evaluation_steps": EVALUATION_STEPS,
+        "images_compared": COMPARED,
+        "cas_images": CAS_IMAGES,
+        "cas_epochs": CAS_EPOCHS,
+        "machine": utils.machine(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    arguments = parser.parse_args()
+    out = arguments.out
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     torch.set_num_threads(1)  # the same sums in the same order
     runs = utils.runs_folder() / "digit_biggan"
-    runs.mkdir(exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
 
-    sets = utils.load_street(), utils.load_handwritten()
-    parts = {part: RealImages(*sets, part) for part in ("train", "test")}
+    street, handwritten = utils.load_svhn(), utils.load_mnist()
+    parts = {part: RealImages(street, handwritten, part) for part in ("train", "test")}
     torch.manual_seed(SEED + 1)
     guide = train_classifier(guide_network(), parts["train"], GUIDE_STEPS, runs / "guide.pt", 1)
     trainer = Trainer(guide)
     if (runs / "checkpoint.pt").exists():
         trainer.load(runs / "checkpoint.pt")
         print(f"going on from step {trainer.step}", flush=True)
-    train(trainer, parts["train"], args.steps, runs)
+    train(trainer, parts["train"], arguments.steps, runs)
 
     torch.manual_seed(SEED + 2)
-    path = args.out / "evaluation_classifier.pt"
+    path = out / "evaluation_classifier.pt"
     classifier = train_classifier(
         EvaluationClassifier(), parts["train"], EVALUATION_STEPS, path, seed=2
     )
-    facts = report(trainer, parts, classifier, runs, args.out)
-    facts["sha256_evaluation_classifier"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    settings = {
-        "trained_on": [data.name for data in sets], "steps": trainer.step,
-        "core_minutes": round(trainer.seconds / 60, 1), "batch": [STREET_BATCH, WRITTEN_BATCH],
-        "lr_generator": LR_GENERATOR, "lr_discriminator": LR_DISCRIMINATOR, "betas": BETAS,
-        "score_gain": SCORE_GAIN, "gain_step": GAIN_STEP, "class_weight": CLASS_WEIGHT,
-        "ema_decay": EMA_DECAY, "guide_steps": GUIDE_STEPS, "evaluation_steps": EVALUATION_STEPS,
-        "images_compared": COMPARED, "cas_images": CAS_IMAGES, "cas_epochs": CAS_EPOCHS,
-        "machine": utils.machine(),
-    }  # fmt: skip
-    target = args.out / "digit_biggan_log.json"
-    write_log(settings, facts, trainer.log, target)
-    base_cnn, gray = from_notebook("classifier", "gray")
+    facts = report(trainer, parts, classifier, runs, out)
+    facts["sha256_evaluation_classifier"] = utils.file_sha256(path)
+    settings = settings_record(trainer, [utils.describe_size(d) for d in (street, handwritten)])
+    write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
     facts["cas"] = {}
     for world in WORLDS:
         train_set = generated_split(trainer.average, world, CAS_IMAGES)
-        test = gray(parts["test"].splits[world])
-        facts["cas"][world] = train_and_test(base_cnn(), train_set, test, CAS_EPOCHS)
+        test = notebook.gray(parts["test"].splits[world])
+        model = nn.Sequential(notebook.base_trunk(), notebook.task_head())
+        facts["cas"][world] = round(train_and_test(model, train_set, test, CAS_EPOCHS), 2)
         print(json.dumps(facts["cas"]), flush=True)
-        write_log(settings, facts, trainer.log, target)
+        write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
 
 
 if __name__ == "__main__":

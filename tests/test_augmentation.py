@@ -1,0 +1,187 @@
+"""Question 1: what happens to the pixels before they reach a network."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import noise_split
+
+import utils
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(count=64, size=24):
+    return torch.rand(count, 1, size, size, generator=seeded(1)) * 2 - 1
+
+
+# ---- gray, padding ----
+
+
+def test_gray_has_the_rounded_itu_601_luma_of_each_image_and_its_label(nb):
+    rgb = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [10, 20, 30]]
+    colors = torch.tensor(rgb, dtype=torch.uint8).view(5, 3, 1, 1)
+    split = utils.Split(colors.repeat(1000, 1, 2, 2), torch.arange(5).repeat(1000))
+    gray = nb.gray(split)
+    assert (gray.images.shape, gray.images.dtype) == ((5000, 1, 2, 2), torch.uint8)
+    values = torch.tensor([76, 150, 29, 255, 18])  # of 76.2, 149.7, 29.1, 255, 18.2
+    assert torch.equal(
+        gray.images.long(), values[split.labels][:, None, None, None].expand(5000, 1, 2, 2)
+    )
+    assert torch.equal(gray.labels, split.labels)
+
+
+@pytest.mark.parametrize(("size", "before"), [(28, 2), (29, 1), (32, 0)])
+def test_padding_puts_zeros_around_the_middle_and_keeps_the_labels(nb, size, before):
+    split = noise_split(utils, 20, size)
+    padded = nb.pad_to(split)
+    inside = slice(before, before + size)
+    assert padded.images.shape == (20, 1, 32, 32)
+    assert torch.equal(padded.images[:, :, inside, inside], split.images)
+    assert padded.images.sum() == split.images.sum()
+    assert torch.equal(padded.labels, split.labels)
+
+
+# ---- random changes ----
+
+
+@pytest.mark.parametrize("bounds", [(30, 0.1, 0.2, 0.3), (0, 0, 0, 0)])
+def test_affine_is_torchs_grid_of_a_rotation_shift_zoom_and_shear_of_each_images_own(nb, bounds):
+    """Shear first, then rotation, then zoom; a shift of 1 is half of torch's grid."""
+    images, generator = noise(), seeded()
+    # In the order in which they are drawn.
+    limits = (math.radians(bounds[0]), bounds[3], bounds[2], bounds[2], bounds[1], bounds[1])
+    numbers = [(2 * torch.rand(64, generator=generator) - 1) * limit for limit in limits]
+    angle, slant, wide, tall, right, down = numbers
+    zero, one = torch.zeros(64), torch.ones(64)
+
+    def matrix(*values):
+        return torch.stack(values, 1).view(64, 2, 2)
+
+    rotation = matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+    zoom, shear = matrix(1 + wide, zero, zero, 1 + tall), matrix(one, slant, zero, one)
+    shift = 2 * torch.stack([right, down], 1)[:, :, None]
+    theta = torch.cat([zoom @ rotation @ shear, shift], 2)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    moved = nb.random_affine(images, seeded(), bounds)
+    assert torch.allclose(moved, expected, atol=1e-4)
+    assert torch.allclose(moved, images, atol=1e-4) == (bounds == (0, 0, 0, 0))
+
+
+def test_affine_repeats_borders(nb):
+    flat = torch.linspace(-1, 1, 50).view(50, 1, 1, 1).expand(50, 1, 20, 20)
+    assert torch.allclose(nb.random_affine(flat, seeded(), (45, 0.5, 0.5, 0.5)), flat, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_erase_paints_one_square_of_each_image_in_its_own_mean(nb, size):
+    images = torch.randn(1000, 1, 10, 12, generator=seeded())
+    erased = nb.random_erase(images, seeded(), size)
+    changed = erased != images
+    means = images.mean((1, 2, 3), keepdim=True).expand_as(images)
+    assert torch.equal(erased[changed], means[changed])
+    height = changed.any(3).sum((1, 2))
+    width = changed.any(2).sum((1, 2))
+    assert torch.equal(changed.sum((1, 2, 3)), height * width)  # a full rectangle
+    assert (int(height.max()), int(width.max())) == (size, size)
+    assert min(height.min(), width.min()) >= max(1, size // 2)  # borders cut at most half
+    assert changed.any(0).all()  # anywhere
+    assert len(changed.flatten(1).unique(dim=0)) > 50  # at a place of its own
+
+
+def test_half_of_the_images_become_their_negatives(nb):
+    images = torch.rand(1000, 1, 4, 4) + 0.1
+    signs = nb.random_invert(images, seeded()) / images
+    assert torch.equal(signs, signs[:, :, :1, :1].expand_as(signs))
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert 400 < (signs[:, 0, 0, 0] < 0).sum() < 600
+
+
+def test_tones_are_bent_both_ways_and_edges_blurred_or_sharpened(nb):
+    image = torch.zeros(1, 1, 20, 30)
+    image[..., :10], image[..., 20:] = -0.8, 0.8  # three flat parts: dark, middle, bright
+    changed = nb.random_tones(image.expand(400, 1, 20, 30), seeded())
+    flat = changed[:, 0, 10, [5, 15, 25]]  # away from edges only the gamma acts
+    assert changed.min() >= -1
+    assert changed.max() <= 1
+    gamma = ((flat[:, 1] + 1) / 2).log2().neg()
+    assert 0.58 < gamma.min() < 0.65
+    assert 1.55 < gamma.max() < 1.7
+    assert 0.4 < (gamma < 1).float().mean() < 0.6  # as often brighter as darker
+    edge = (changed[:, 0, 10, 10] - flat[:, 1]) / (flat[:, 1] - flat[:, 0])
+    assert edge.min() < -0.05
+    assert edge.max() > 0.05
+
+
+def test_augment_applies_what_the_recipe_says_and_nothing_else(nb):
+    images = noise()
+    assert nb.augment(images, seeded(), nb.TUNED) is images
+    generator = seeded()
+    expected = nb.random_affine(images, generator, (15, 0.1, 0.2, 0.3))
+    expected = nb.random_erase(expected, generator, 5)
+    expected = nb.random_tones(expected, generator)
+    expected = nb.random_invert(expected, generator)
+    recipe = nb.Recipe(warp=(15, 0.1, 0.2, 0.3), erase=5, tones=True, invert=True)
+    assert torch.equal(nb.augment(images, seeded(), recipe), expected)
+    for change in ({"warp": (9, 0, 0, 0)}, {"erase": 5}, {"tones": True}, {"invert": True}):
+        assert not torch.equal(nb.augment(images, seeded(), nb.Recipe(**change)), images)
+
+
+# ---- recipes, resampling ----
+
+
+def test_the_baseline_is_the_suggestion_and_each_recipe_adds_to_the_one_before(nb):
+    recipes = list(nb.RECIPES.values())
+    suggested = nb.Recipe(lr=1e-3, schedule="constant", weight_decay=0.0, batch_size=128)
+    assert recipes[0] == suggested
+    assert not any(list(vars(suggested).values())[4:])  # nothing else is on
+    for before, after in pairwise(map(vars, recipes)):
+        assert before != after
+        assert all(after[name] for name, value in before.items() if value)
+    assert {recipe.batch_size for recipe in recipes} == {128}
+
+
+def test_images_are_cropped_and_resampled_alike_in_training_and_in_use(nb):
+    """Training images before the training, test images in the model: the same numbers."""
+    recipe = nb.Recipe(side=24, crop_columns=0.25)
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    images[0, :, :, 4:28] = torch.arange(0, 240, 10, dtype=torch.uint8)
+    images[1, :, :, :4], images[1, :, :, 28:] = 255, 255  # outside of the middle 24 columns
+    split = utils.Split(images, torch.tensor([3, 7]))
+    resample = nb.preprocessing(recipe)[0]
+    in_use = resample.eval()(images.float())
+    before_training = nb.resample_split(split, recipe)
+    assert before_training.images.dtype == torch.uint8
+    assert (before_training.images - in_use).abs().max() <= 0.5
+    assert before_training.labels.tolist() == [3, 7]
+    assert in_use[0, 0, 5].tolist() == pytest.approx(range(0, 240, 10), abs=1e-3)
+    assert in_use[1].max() == 0
+    assert torch.equal(resample(in_use), in_use)  # not twice
+    smaller = images.float()[..., :18, :18]
+    assert resample.train()(smaller) is smaller  # the loader has done it
+    assert nb.resample_split(split, nb.Recipe()) is split
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_each_image_enters_with_mean_0_and_deviation_1(nb, mode):
+    images = 5 + 3 * torch.rand(4, 1, 24, 24) * torch.arange(1, 5).view(4, 1, 1, 1)
+    out = nb.preprocessing(nb.TUNED).train(mode)(images)
+    assert torch.allclose(out.mean((1, 2, 3)), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(out.std((1, 2, 3), correction=0), torch.ones(4), atol=1e-3)
+    assert nb.preprocessing(nb.BASELINE).train(mode)(images) is images
+
+
+def test_images_grow_during_a_training_where_the_recipe_says_so(nb):
+    sides = [nb.side_in_training(nb.TUNED, share) for share in (0, 0.34, 0.36, 0.51, 0.66, 0.99)]
+    assert sides == [18, 18, 20, 22, None, None]
+    assert nb.side_in_training(replace(nb.TUNED, grow=False), 0) is None
+    plan = utils.Plan("x", epochs=20, steps=1)
+    loader = nb.Loader(noise_split(utils), nb.TUNED, 8, plan)
+    sizes = [next(loader.epoch(number))[0].shape[2:] for number in (0, 8, 12, 19)]
+    assert sizes == [(18, 18), (20, 20), (22, 22), (24, 24)]

@@ -1,0 +1,253 @@
+"""Question 1: which images and labels a training gets, in which order, and which it never gets."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import noise_split
+
+import utils
+from tools import notebook
+
+
+def marked(count, shift=0, size=18):
+    """Images whose pixels all hold the image's number; the label is its last digit + shift."""
+    images = torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1)
+    labels = (torch.arange(count) + shift) % 10
+    return utils.Split(images.expand(count, 1, size, size).contiguous(), labels)
+
+
+def marks(images):
+    """The numbers of the images of a batch."""
+    return ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+
+
+def rows(split):
+    """Every image of a split as bytes."""
+    return [image.numpy().tobytes() for image in split.images]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize(("size", "steps"), [(200, 3), (100, 5), (64, 4), (65, 9), (30, 2)])
+def test_batches_are_full_and_show_every_image_equally_often_with_its_label(nb, size, steps):
+    loader = nb.Loader(marked(size), nb.BASELINE, 64, utils.Plan("x", epochs=9, steps=steps))
+    batches = list(loader.epoch(3))
+    assert [len(images) for images, _ in batches] == [64] * steps
+    for images, labels in batches:
+        assert torch.equal(labels, marks(images) % 10)
+    counts = torch.bincount(torch.cat([marks(images) for images, _ in batches]), minlength=size)
+    assert counts.max() - counts.min() <= 1
+
+
+def order_of(nb, seed, number):
+    loader = nb.Loader(marked(99), nb.BASELINE, 99, utils.Plan("x", epochs=9, steps=2, seed=seed))
+    return torch.cat([marks(images) for images, _ in loader.epoch(number)])
+
+
+def test_order_is_random_the_same_again_and_another_in_each_pass_epoch_and_seed(nb):
+    order = order_of(nb, 0, 0)
+    assert torch.equal(order, order_of(nb, 0, 0))
+    first, second = order.chunk(2)
+    others = [torch.arange(99), second, order_of(nb, 0, 1)[:99], order_of(nb, 1, 0)[:99]]
+    for other in others:
+        assert (first == other).sum() < 10
+
+
+def test_a_loader_augments_by_its_recipe_and_only_by_it(nb):
+    split, index = noise_split(utils, 40), torch.tensor([7, 3, 31])
+    plan = utils.Plan("x", epochs=2, steps=2)
+    images, labels = nb.Loader(split, nb.BASELINE, 8, plan).batch(index, seeded())
+    assert torch.equal(images, utils.to_float(split.images[index]))
+    assert labels.tolist() == [7, 3, 1]
+    recipe = nb.Recipe(warp=(10, 0.1, 0.1, 0.1), invert=True)
+    augmented, _ = nb.Loader(split, recipe, 8, plan).batch(index, seeded())
+    assert torch.equal(augmented, nb.augment(images, seeded(), recipe))
+
+
+# ---- what a training hands to utils.fit ----
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """Calls a training function; returns what it hands to utils.fit, the batches as lists."""
+
+    def call(train, *arguments):
+        seen = []
+
+        def fit(train_epoch, model, batches, loss_fn, plan):
+            seen.extend([list(batches(0)), loss_fn, plan])
+            return []
+
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "fit", fit)
+            model, _ = train(*arguments)
+        return model, *seen
+
+    return call
+
+
+RECIPE = {"lr": 3e-3, "schedule": "onecycle", "weight_decay": 0.2, "smoothing": 0.1}
+
+
+def assert_follows(plan, loss_fn, smoothing):
+    assert (plan.lr, plan.schedule, plan.weight_decay) == (3e-3, "onecycle", 0.2)
+    assert (plan.epochs, plan.steps, plan.seed) == (7, 5, 4)
+    assert loss_fn.keywords["smoothing"] == smoothing
+
+
+def test_a_single_task_training_follows_its_recipe_and_only_watches_the_test_set(nb, handed):
+    recipe, plan = nb.Recipe(**RECIPE, batch_size=32), utils.Plan("x", epochs=7, steps=5, seed=4)
+    model, batches, loss_fn, done = handed(nb.train_single, marked(90), marked(20), recipe, plan)
+    assert_follows(done, loss_fn, smoothing=0.1)
+    assert [len(labels) for _, labels in batches] == [32] * 5
+    assert done.evaluate(model) == nb.evaluate_split(model, marked(20))
+    *_, done = handed(nb.train_single, marked(90), None, recipe, plan)
+    assert done.evaluate is None
+
+
+def test_multi_task_batches_are_64_and_64_each_half_with_its_own_labels_and_order(nb, handed):
+    recipes = (nb.Recipe(smoothing=0.3), nb.Recipe(**RECIPE))
+    tasks = nb.TwoTasks((marked(200), marked(200, shift=3)), None, recipes, "mixed")
+    plan = utils.Plan("x", epochs=7, steps=5, seed=4)
+    model, batches, loss_fn, done = handed(nb.train_multi, tasks, plan)
+    assert_follows(done, loss_fn, smoothing=[0.3, 0.1])
+    assert done.evaluate is None
+    assert model.batch_norm == "mixed"
+    assert len(batches) == 5
+    for (digits, digit_labels), (streets, street_labels) in batches:
+        assert len(digits) == len(streets) == 64
+        assert torch.equal(digit_labels, marks(digits) % 10)
+        assert torch.equal(street_labels, (marks(streets) + 3) % 10)
+        assert (marks(digits) == marks(streets)).sum() < 10  # not shuffled alike
+    neighbor = handed(nb.train_multi, tasks, replace(plan, seed=5))[1]
+    for half in (0, 1):  # no seed has an order of another one
+        for other in (0, 1):
+            assert not torch.equal(neighbor[0][half][0], batches[0][other][0])
+
+
+def test_each_half_has_the_augmentation_of_its_own_recipe(nb, handed):
+    recipes = (nb.BASELINE, nb.Recipe(tones=True))
+    tasks = nb.TwoTasks((marked(90), marked(90)), None, recipes, "mixed")
+    ((digits, _), (streets, _)), *_ = handed(nb.train_multi, tasks, utils.Plan("x", 1, 1))[1]
+    assert len(digits.unique()) > 10
+    assert streets.max() < -0.98  # a flat image becomes its darkest tone
+
+
+def test_both_test_sets_are_watched_each_by_its_own_head(nb, handed):
+    tests = (marked(30), noise_split(utils, 30, 18))
+    tasks = nb.TwoTasks((marked(90), marked(90)), tests, (nb.BASELINE, nb.BASELINE), "mixed")
+    model, *_, done = handed(nb.train_multi, tasks, utils.Plan("x", 1, 1))
+    expected = {}
+    for number, role in enumerate(("handwritten", "street")):
+        values = nb.evaluate_split(model.task(number), tests[number])
+        expected |= {f"{name}_{role}": value for name, value in values.items()}
+    assert done.evaluate(model) == expected
+    accuracies = [expected["test_acc_handwritten"], expected["test_acc_street"]]
+    assert nb.task_accuracies(model, tests) == accuracies
+
+
+# ---- subsets ----
+
+
+def shuffled(count):
+    return noise_split(utils, count).take(np.random.RandomState(9).permutation(count))
+
+
+def test_a_subset_is_the_first_of_each_digit_in_the_seeds_permutation(nb):
+    train = shuffled(600)
+    subset = nb.balanced_subset(train, 500, seed=4)
+    assert subset.counts() == [50] * 10
+    order = np.random.RandomState(4).permutation(600)
+    expected = []
+    for digit in range(10):
+        expected += [i for i in order if train.labels[i] == digit][:50]
+    assert rows(subset) == rows(train.take(expected))
+    assert torch.equal(subset.labels, train.labels[expected])
+    assert len(set(rows(subset))) == 500  # none twice
+    assert rows(subset) == rows(nb.balanced_subset(train, 500, seed=4))
+    assert rows(subset) != rows(nb.balanced_subset(train, 500, seed=5))
+
+
+def test_a_subset_of_a_digit_with_too_few_images_is_refused(nb):
+    with pytest.raises(ValueError, match="70 samples need 7 of digit 0: 6 here"):
+        nb.balanced_subset(noise_split(utils, 60), 70, seed=0)
+
+
+@pytest.mark.parametrize(("count", "held"), [(20, 20), (1000, 100)])
+def test_validation_images_are_not_trained_on_and_none_is_lost(nb, count, held):
+    whole = shuffled(300)
+    fit_on, held_out = nb.train_val_split(whole, count)
+    assert (len(fit_on), len(held_out)) == (300 - held, held)
+    assert Counter(rows(fit_on)) + Counter(rows(held_out)) == Counter(rows(whole))
+    labels = dict(zip(rows(whole), whole.labels.tolist(), strict=True))
+    for part in (fit_on, held_out):
+        assert [labels[row] for row in rows(part)] == part.labels.tolist()
+    assert rows(nb.train_val_split(whole, count)[1]) == rows(held_out)
+    assert rows(held_out) != rows(whole)[:held]  # at random
+
+
+def test_few_samples_train_all_three_models_on_the_same_samples(nb):
+    pair = tuple(
+        utils.DigitData(name, shuffled(200), marked(40, shift), real=False)
+        for name, shift in (("one", 0), ("two", 3))
+    )
+    pair = (pair[0], replace(pair[1], train=noise_split(utils, 300, seed=5)))
+    recipes = (nb.TUNED, nb.STREET)
+    plan = utils.Plan("few", epochs=3, steps=2, seed=4)
+    tasks = nb.FewSamples(pair, 50, recipes, "per domain").trainings(plan, watch=True)
+    both, both_plan = tasks["two heads"].args
+    assert both.recipes == recipes
+    assert both.batch_norm == "per domain"
+    plans = [both_plan]
+    for number, role in enumerate(("handwritten", "street")):
+        train, test, recipe, own_plan = tasks[role].args
+        expected = nb.balanced_subset(pair[number].train, 50, seed=4)
+        assert rows(train) == rows(both.train[number]) == rows(expected)
+        assert torch.equal(train.labels, both.train[number].labels)
+        assert test is both.test[number] is pair[number].test
+        assert recipe is recipes[number]
+        plans.append(own_plan)
+    assert len({one.name for one in plans}) == 3
+    assert {replace(one, name="few") for one in plans} == {plan}
+    unwatched = nb.FewSamples(pair, 50, recipes, "mixed").trainings(plan, watch=False)
+    assert unwatched["two heads"].args[0].test is None
+    assert unwatched["street"].args[1] is None
+
+
+# ---- choices ----
+
+
+def test_a_recipe_is_validated_on_held_out_images_and_without_the_test_set(nb, monkeypatch):
+    class Guess(torch.nn.Module):
+        def forward(self, images):
+            return F.one_hot(marks(images) % 10, 10).float()
+
+    seen = []
+
+    def train_single(*arguments):
+        seen.append(arguments)
+        return Guess(), []
+
+    monkeypatch.setattr(nb, "train_single", train_single)
+    fit_on, held_out = nb.train_val_split(marked(90), 30)
+    wrong = utils.Split(held_out.images, (held_out.labels + (torch.arange(30) < 6)) % 10)
+    plan = utils.Plan("x", epochs=1, steps=1)
+    assert nb.validation_accuracy(fit_on, wrong, nb.STRONG, plan) == pytest.approx(80)
+    assert seen == [(fit_on, None, nb.STRONG, plan)]
+
+
+@pytest.mark.parametrize("step", ["(b) recipes", "(c) sharing", "(d) recipes", "(e) variants"])
+def test_the_cells_that_choose_read_no_test_images(step):
+    cells = notebook.read(notebook.NOTEBOOK).cells
+    (source,) = [cell.source for cell in cells if f'title="1 {step}"' in cell.source]
+    assert ".test" not in source
+    assert "held" in source

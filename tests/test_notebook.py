@@ -1,0 +1,486 @@
+"""The notebook as a document: its copy of utils.py, its order, its claims, figures and tables.
+
+Each check is a function of a notebook. It is tried on a small made-up notebook with a fault, and
+then on the committed one. One slow test runs the whole notebook.
+"""
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+import utils
+from tools import notebook as tool
+
+# ---- the checks ----
+
+
+def one_line(text):
+    """The text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+def bold_sentences(notebook):
+    """What stands in bold in the discussions."""
+    texts = [cell.source for cell in tool.tagged(notebook, "discussion")]
+    return [one_line(bold) for text in texts for bold in re.findall(r"\*\*(.+?)\*\*", text, re.S)]
+
+
+def claim_sentences(notebook):
+    """The keys of `claims |= {...}` in the cells tagged `claims`."""
+    sentences = []
+    for cell in tool.tagged(notebook, "claims"):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "claims":
+                sentences += [one_line(ast.literal_eval(key)) for key in node.value.keys]
+    return sentences
+
+
+def claim_faults(notebook):
+    """Bold sentences without a claim, and claims without a bold sentence."""
+    bold, claims = bold_sentences(notebook), claim_sentences(notebook)
+    faults = [f"in bold, but no claim: {sentence}" for sentence in bold if sentence not in claims]
+    faults += [f"a claim, but not in bold: {claim}" for claim in claims if claim not in bold]
+    return faults + [f"twice: {claim}" for claim in set(claims) if claims.count(claim) > 1]
+
+
+def captions(notebook):
+    """The captions of all figures and tables, in order."""
+    outputs = [output for cell in tool.code_cells(notebook) for output in cell.outputs]
+    found = [output.get("metadata", {}).get("caption", "") for output in outputs]
+    return [caption for caption in found if caption]
+
+
+def cited(notebook):
+    """Every "Figure 3" and "Table 2" of the text; "Figures 3 to 5" are three."""
+    text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    found = set()
+    number = r"\d+(?:(?:, | and | to |–)\d+)*"
+    for kind, numbers in re.findall(rf"\b(Figure|Table)s?\s+({number})", text):
+        for part in re.split(", | and ", numbers):
+            ends = [int(end) for end in re.split(" to |–", part)]
+            found |= {f"{kind} {n}" for n in range(ends[0], ends[-1] + 1)}
+    return found
+
+
+def caption_faults(notebook):
+    """Figures and tables that are not numbered 1, 2, 3 ... in order, or not cited in the text."""
+    faults = []
+    for kind in ("Figure", "Table"):
+        names = [caption.partition(". ")[0] for caption in captions(notebook)]
+        names = [name for name in names if name.startswith(kind)]
+        expected = [f"{kind} {number}" for number in range(1, len(names) + 1)]
+        if names != expected:
+            faults.append(f"{kind}s are numbered {names}")
+        faults += [f"{name} is not cited" for name in names if name not in cited(notebook)]
+        too_many = {name for name in cited(notebook) if name.startswith(kind)} - set(names)
+        faults += [f"{name} is cited and not there" for name in sorted(too_many)]
+    return faults
+
+
+# ---- the checks find what they are for ----
+
+
+def notebook_of(*cells):
+    return nbformat.v4.new_notebook(cells=list(cells))
+
+
+def text_cell(source, *tags):
+    return nbformat.v4.new_markdown_cell(source, metadata={"tags": list(tags)})
+
+
+def code_cell(source, *tags, outputs=(), count=None):
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, execution_count=count)
+    cell.outputs = list(outputs)
+    return cell
+
+
+def figure_output(caption):
+    return nbformat.v4.new_output(
+        "display_data", {"text/plain": "a figure"}, metadata={"caption": caption}
+    )
+
+
+def test_a_bold_sentence_has_a_claim_and_a_claim_stands_in_bold():
+    discussion = text_cell("**A is\nbetter.** And so **B is worse**, as $b < a$.", "discussion")
+    both = code_cell('claims |= {"A is better.": 2 > 1, "B is " "worse": True}', "claims")
+    one = code_cell('claims |= {"A is better.": True, "C is better": True}', "claims")
+    assert claim_faults(notebook_of(discussion, both)) == []
+    assert claim_faults(notebook_of(discussion, one)) == [
+        "in bold, but no claim: B is worse",
+        "a claim, but not in bold: C is better",
+    ]
+
+
+def test_bold_outside_of_discussions_claims_nothing():
+    assert claim_faults(notebook_of(text_cell("**Run all cells** first."))) == []
+
+
+def test_figures_and_tables_are_numbered_in_order_and_cited():
+    shown = [figure_output(f"Figure {n}. About {n}") for n in (1, 2, 3)]
+    shown.append(figure_output("Table 1. Numbers"))
+    code = code_cell("draw()", outputs=shown)
+    text = "Figures 1 and 2, then Figure 3 and Table 1."
+    assert caption_faults(notebook_of(text_cell(text), code)) == []
+    assert caption_faults(notebook_of(text_cell("Figures 1 to 3; Table 1"), code)) == []
+    assert caption_faults(notebook_of(text_cell("Figures 1–3, and Tables 1 and 2"), code)) == [
+        "Table 2 is cited and not there"
+    ]
+    assert caption_faults(notebook_of(text_cell("Figures 1, 3 and Table 1"), code)) == [
+        "Figure 2 is not cited"
+    ]
+    code.outputs = code.outputs[1:]
+    assert "Figures are numbered ['Figure 2', 'Figure 3']" in caption_faults(
+        notebook_of(text_cell(text), code)
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        (nbformat.v4.new_output("stream", name="stderr", text="a warning\n"), "stderr: a warning"),
+        (nbformat.v4.new_output("error", ename="ValueError", evalue="no"), "with ValueError"),
+        (nbformat.v4.new_output("stream", text=f"in {ROOT / 'runs'}"), f"name {ROOT}"),
+        (nbformat.v4.new_output("display_data", {"text/html": "/home/ann/x"}), "name /home"),
+    ],
+)
+def test_an_output_that_must_not_be_published_is_found(output, fault):
+    faults = tool.output_faults(notebook_of(code_cell("f()", outputs=[output], count=1)))
+    assert faults and all(text.startswith("cell 1 ") for text in faults)
+    assert any(fault in text for text in faults)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 3), (1, None)])
+def test_cells_that_were_not_executed_in_order_are_found(counts):
+    notebook = notebook_of(*(code_cell("f()", count=count) for count in counts))
+    assert tool.output_faults(notebook) == ["the cells were not executed once each, in order"]
+
+
+# ---- the committed notebook ----
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return tool.read(tool.NOTEBOOK)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_notebook_carries_the_utils_it_is_committed_with(committed):
+    source = (ROOT / "utils.py").read_text(encoding="utf-8")
+    cell = tool.only_tagged(committed, "helper-module")
+    assert cell.source == tool.helper_cell(source), "run `make sync`"
+
+
+def test_sync_would_change_nothing(tmp_path):
+    """So ids, folding and the metadata that asks Colab for a GPU are as they must be."""
+    copy = tmp_path / "again.ipynb"
+    copy.write_bytes(tool.NOTEBOOK.read_bytes())
+    tool.sync(copy)
+    assert copy.read_bytes() == tool.NOTEBOOK.read_bytes(), "run `make sync`"
+
+
+def test_cells_that_tools_look_for_are_there_once(committed):
+    for tag in ("submission", "answers", "helper-module", "install", "export"):
+        tool.only_tagged(committed, tag)
+
+
+def test_code_that_only_the_appendix_shows_is_folded(committed):
+    for cell in tool.code_cells(committed):
+        if {"appendix", "hide-code", "helper-module", "install"} & set(tool.tags(cell)):
+            assert tool.form_title(cell), f"no # @title: {cell.source[:60]}"
+
+
+def test_the_notebook_was_executed_in_order_and_shows_nothing_private(committed):
+    assert tool.output_faults(committed) == []
+
+
+def test_every_claim_of_the_text_is_checked(committed):
+    assert claim_faults(committed) == []
+    assert claim_sentences(committed)
+
+
+def test_every_figure_and_table_is_cited(committed):
+    assert caption_faults(committed) == []
+    assert len(captions(committed)) > 5
+
+
+def test_every_figure_is_saved(committed):
+    figures = [caption for caption in captions(committed) if caption.startswith("Figure")]
+    files = [path for path in (ROOT / "figures").iterdir() if path.suffix in {".svg", ".png"}]
+    assert len(files) == len(figures)
+
+
+def test_the_committed_results_are_of_a_full_run_and_all_its_claims_hold(committed, results):
+    assert tool.results_faults(results) == []
+    assert sorted(map(one_line, results["claims"])) == sorted(claim_sentences(committed))
+
+
+def test_the_readme_shows_the_answers_of_the_run(committed, results):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool.readme_with(tool.answers(committed), results) == readme
+
+
+# ---- its definitions ----
+
+
+def test_definitions_are_a_module_whose_source_can_be_inspected(tmp_path):
+    path = tmp_path / "small.ipynb"
+    source = "from dataclasses import dataclass\n\n@dataclass\nclass Pair:\n    a: int"
+    first = code_cell(source, "definitions")
+    second = code_cell("def double(pair):\n    return Pair(2 * pair.a)", "definitions")
+    nbformat.write(notebook_of(first, code_cell("1 / 0"), second), path)
+    small = tool.load_definitions(path)
+    assert small.double(small.Pair(4)) == small.Pair(8)
+    assert inspect.getsource(small.double) == "def double(pair):\n    return Pair(2 * pair.a)\n"
+
+
+# ---- the helper and install cells, in a fresh interpreter ----
+
+SOURCE = "SIGN = '±'\n" * 500
+
+
+def python(code, folder, executable=sys.executable, **environment):
+    """Run code in a folder; what it printed, and its error if it had one, as one text."""
+    done = subprocess.run(
+        [executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    return done.stdout
+
+
+def run_helper(folder, before="", after=""):
+    """Run the helper cell of a utils.py with the text SOURCE."""
+    return python(f"{before}\n{tool.helper_cell(SOURCE)}\n{after}", folder)
+
+
+def test_the_helper_cell_writes_utils_once_and_never_overwrites(tmp_path):
+    assert run_helper(tmp_path, after="import utils; print(utils.SIGN)") == "±\n"
+    assert (tmp_path / "utils.py").read_text(encoding="utf-8") == SOURCE
+    assert [path.name for path in tmp_path.glob("utils*")] == ["utils.py"]
+    (tmp_path / "utils.py").write_text("SIGN = 1\n", encoding="utf-8")
+    printed = run_helper(tmp_path, after="import utils; print(utils.SIGN)")
+    assert "differs from this copy" in printed and printed.endswith("\n1\n")
+
+
+def test_line_ends_of_windows_are_no_difference(tmp_path):
+    (tmp_path / "utils.py").write_bytes(SOURCE.replace("\n", "\r\n").encode())
+    assert run_helper(tmp_path) == ""
+
+
+def test_a_full_disk_leaves_no_half_written_utils(tmp_path):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    assert "OSError" in run_helper(tmp_path, before=full)
+    assert not (tmp_path / "utils.py").exists()
+    assert run_helper(tmp_path, after="import utils; print(utils.SIGN)") == "±\n"
+
+
+def test_another_module_named_utils_is_named_where_it_is_in_the_way(tmp_path):
+    package = tmp_path / "utils" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("", encoding="utf-8")
+    printed = run_helper(tmp_path)
+    assert "ImportError" in printed and str(package) in printed and "restart" in printed
+
+
+def test_another_utils_later_on_the_path_does_not_matter(tmp_path):
+    other = tmp_path / "elsewhere" / "utils.py"
+    other.parent.mkdir()
+    other.write_text("SIGN = 1\n", encoding="utf-8")
+    before = f"import sys; sys.path.insert(0, {str(other.parent)!r})"
+    assert run_helper(tmp_path, before, after="import utils; print(utils.SIGN)") == "±\n"
+
+
+def write_wheel(folder, version, requires=""):
+    """A wheel of the package a3-example with a module that knows its version."""
+    name = f"a3_example-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: a3-example\nVersion: {version}\n{requires}"
+    files = {
+        "a3_example.py": f"version = {version}\n",
+        f"{name}.dist-info/METADATA": metadata,
+        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}.dist-info/RECORD": "",
+    }
+    wheel = folder / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return wheel
+
+
+def install_code(committed, requirement):
+    """The install cell, made to look for a3-example alone, and what the kernel finds after it."""
+    cell = tool.only_tagged(committed, "install").source
+    before, rest = cell.split("PACKAGES = {", 1)
+    after = rest.split("}", 1)[1]
+    packages = f"PACKAGES = {{'a3_example': {requirement!r}}}"
+    return f"{before}{packages}{after}\nimport a3_example\nprint(a3_example.version)"
+
+
+@pytest.fixture
+def system(tmp_path):
+    """A folder of the system's packages, which is empty."""
+    folder = tmp_path / "system"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, system):
+    """A function that runs code on a hub: pip installs for the user, who has no folder for it yet.
+
+    Its kernel finds the packages of `system` and of this environment.
+    """
+    venv.create(tmp_path / "hub", system_site_packages=True, with_pip=False)
+    (packages,) = (tmp_path / "hub").glob("lib/python*/site-packages")
+    paths = "\n".join([str(system), *sys.path[1:]])
+    (packages / "system.pth").write_text(paths, encoding="utf-8")
+    environment = {
+        "PIP_USER": "1",
+        "PYTHONUSERBASE": str(tmp_path / "home"),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    return lambda code: python(code, tmp_path, tmp_path / "hub" / "bin" / "python", **environment)
+
+
+def test_the_install_cell_installs_what_is_missing_and_the_kernel_finds_it(
+    committed, hub, tmp_path
+):
+    write_wheel(tmp_path, 2)
+    assert hub(install_code(committed, "a3-example")) == "2\n"
+
+
+def test_the_install_cell_the_pdf_and_the_requirements_ask_for_the_same_versions(committed):
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = {line.partition(" ")[0] for line in lines}
+    cell = tool.only_tagged(committed, "install").source
+    for package, version in utils.NEEDED_VERSIONS.items():
+        assert f"{package}>={version}" in required
+        assert f'"{package}>={version}"' in cell
+
+
+def test_the_install_cell_upgrades_what_is_too_old(committed, hub, system, tmp_path):
+    with zipfile.ZipFile(write_wheel(tmp_path, 1)) as archive:
+        archive.extractall(system)
+    write_wheel(tmp_path, 2)
+    assert hub(install_code(committed, "a3-example")) == "1\n"
+    assert hub(install_code(committed, "a3-example>=2")) == "2\n"
+
+
+def test_the_install_cell_says_why_a_package_is_missing_and_goes_on(committed, hub, tmp_path):
+    write_wheel(tmp_path, 2, requires="Requires-Dist: numpy>=99\n")
+    printed = hub(install_code(committed, "a3-example"))
+    assert printed.startswith("pip could not install a3-example (ERROR: ")
+    assert "No module named 'a3_example'" in printed
+
+
+def test_the_install_cell_never_replaces_numpy(committed, hub, tmp_path):
+    write_wheel(tmp_path, 2, requires="Requires-Dist: numpy>=99\n")
+    files = {"numpy-99.dist-info/METADATA": "Metadata-Version: 2.1\nName: numpy\nVersion: 99\n"}
+    files["numpy-99.dist-info/WHEEL"] = "Wheel-Version: 1.0\nTag: py3-none-any\n"
+    with zipfile.ZipFile(tmp_path / "numpy-99-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    printed = hub(install_code(committed, "a3-example"))
+    assert printed.startswith("pip could not install a3-example (ERROR: ")
+
+
+# ---- one run of the whole notebook ----
+
+FAKE_COLAB = {
+    "__init__.py": "",
+    "drive.py": "def mount(path): print('mounted', path)\n",
+    "files.py": "def download(path): print('offered', path)\n",
+    "_message.py": "import json\n"
+    "def blocking_request(*_, **__):\n"
+    "    with open('assignment3.ipynb', encoding='utf-8') as file:\n"
+    "        return {'ipynb': json.load(file)}\n",
+}
+COLAB_SHELL = """
+shell = get_ipython()
+shell.__class__ = type("Shell", (type(shell),), {"__module__": "google.colab._shell"})
+"""
+
+
+@pytest.fixture(scope="module")
+def colab_folder(tmp_path_factory):
+    """A folder where the notebook ran beside nothing but offline/, in a pretended Colab."""
+    folder = tmp_path_factory.mktemp("colab") / "été 1"
+    (folder / "google" / "colab").mkdir(parents=True)
+    for name, text in FAKE_COLAB.items():
+        (folder / "google" / "colab" / name).write_text(text, encoding="utf-8")
+    (folder / "offline").symlink_to(ROOT / "offline")
+    notebook = tool.without_outputs(tool.read(tool.NOTEBOOK))
+    notebook.cells.insert(0, code_cell(COLAB_SHELL, "hide-pdf"))
+    for cell in tool.code_cells(notebook):  # a user who turns both switches on
+        cell.source = cell.source.replace("KEEP_ON_DRIVE = False", "KEEP_ON_DRIVE = True")
+        cell.source = cell.source.replace("/content/drive/MyDrive", str(folder / "drive"))
+        cell.source = cell.source.replace("MAKE_PDF = False", "MAKE_PDF = True")
+    nbformat.write(notebook, folder / "assignment3.ipynb")
+    kept_out = ("PYTHONPATH", "A3_RUNS", "A3_DATA_ROOT")
+    environment = {name: value for name, value in os.environ.items() if name not in kept_out}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", folder]
+    command += ["--nbmake", "--overwrite", "--nbmake-kernel=python3", "--nbmake-timeout=900"]
+    done = subprocess.run(
+        [*command, "assignment3.ipynb"],
+        cwd=folder,
+        env=environment | {"A3_PROFILE": "tiny"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_alone_in_colab(colab_folder):
+    done = tool.read(colab_folder / "assignment3.ipynb")
+    faults = [fault for fault in tool.output_faults(done) if "local name" not in fault]
+    assert faults == []
+    texts = [
+        text for cell in tool.code_cells(done) for o in cell.outputs for text in tool.texts_of(o)
+    ]
+    assert any("mounted" in text for text in texts) and any("offered" in text for text in texts)
+    assert not any("\r" in text for text in texts)
+    assert (colab_folder / "utils.py").read_bytes() == (ROOT / "utils.py").read_bytes()
+    assert (colab_folder / "assignment3.pdf").read_bytes().startswith(b"%PDF")
+    assert tool.answers(done)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_trainings_figures_and_results_on_the_drive(colab_folder):
+    runs = colab_folder / "drive" / "assignment3" / "runs"
+    assert list(runs.rglob("*.pt"))
+    done = tool.read(colab_folder / "assignment3.ipynb")
+    figures = [caption for caption in captions(done) if caption.startswith("Figure")]
+    files = [path for path in (runs / "figures").iterdir() if path.suffix != ".json"]
+    assert len(files) == len(figures)
+    results = json.loads((runs / "figures" / "results.json").read_text(encoding="utf-8"))
+    assert results["profile"] == "tiny" and results["run"]["resumed"] is False
+    assert sorted(map(one_line, results["claims"])) == sorted(claim_sentences(done))
+
+
+@pytest.mark.slow
+def test_a_stand_in_does_not_bear_the_name_of_the_real_data(colab_folder):
+    file = colab_folder / "drive" / "assignment3" / "runs" / "figures" / "results.json"
+    for data in json.loads(file.read_text(encoding="utf-8"))["data"].values():
+        assert data["real"] is False and data["name"] not in {"MNIST", "SVHN"}

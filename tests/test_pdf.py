@@ -1,0 +1,516 @@
+"""The PDF: what must be in it, what is shown as source with a notice, and which notebook it is."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unicodedata import normalize
+
+import nbformat
+import pypdf
+import pytest
+from PIL import Image
+
+import utils
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ROOT.parent / "shared" / "cases"
+SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='80' height='40'><path d='M1 1h9'/></svg>"
+GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+WHO = 'NAME = "Ada"  # @param {type:"string"}\nSTUDENT_NUMBER = 4000\nDISCUSSED_WITH = ["Bob"]'
+
+
+def png(width: int = 60) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+def md(source: str, *tags: str, **fields) -> dict:
+    return {"cell_type": "markdown", "metadata": {"tags": list(tags)}, "source": source} | fields
+
+
+def code(source: str, *outputs: dict, tags: tuple = ()) -> dict:
+    cell = {"cell_type": "code", "metadata": {"tags": list(tags)}, "execution_count": 1}
+    return cell | {"source": source, "outputs": list(outputs)}
+
+
+def shown(data: dict, **about) -> dict:
+    return {"output_type": "display_data", "data": data, "metadata": about}
+
+
+def stream(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def notebook(*cells: dict) -> str:
+    return json.dumps({"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": list(cells)})
+
+
+class Exported:
+    """A PDF read back: words of each page, notices but the one on the name cell, the images."""
+
+    def __init__(self, text: str, folder: Path = ROOT):
+        exporter = utils.TypstPDFExporter()
+        where = {"metadata": {"path": str(folder)}}
+        content, _ = exporter.from_file(io.StringIO(text), where)
+        self.reader = pypdf.PdfReader(io.BytesIO(content))
+        texts = [normalize("NFKC", page.extract_text()) for page in self.reader.pages]
+        self.pages = [" ".join(text.split()) for text in texts]
+        self.text = " ".join(self.pages)
+        self.all_notices = exporter.notices
+        self.notices = [text for text in exporter.notices if "name cell lacks" not in text]
+        self.images = sum(len(page.images) for page in self.reader.pages)
+        self.links = [link for page in self.reader.pages for link in page.get("/Annots", [])]
+
+
+def export(*cells: dict, folder: Path = ROOT) -> Exported:
+    return Exported(notebook(*cells), folder)
+
+
+def words_inside_page(page: pypdf.PageObject) -> bool:
+    """Whether every piece of text begins and ends between the page's borders."""
+    places = []
+
+    def visit(text, matrix, text_matrix, font, size):
+        if text.strip():
+            places.append(text_matrix[4] * matrix[0] + matrix[4])
+
+    page.extract_text(visitor_text=visit)
+    return min(places) >= 0 and max(places) < page.mediabox.width
+
+
+# ---- Markdown and HTML ----
+
+MARKDOWN = {
+    "inline $ x^2 + \\alpha $ here": "inline x2 + α here",
+    "<div class='alert'>my own answer</div>\n\n<details><summary>Why?</summary>\n\nbecause of "
+    "*this*\n\n</details>": "my own answer Why? because of this",
+    "H<sub>2</sub>O<br>and <font color='red'>red</font> <b>bold</b>": "H2O and red bold",
+    "Results:\n| a | b |\n|---|---|\n| 1 | 2 |": "Results: a b 1 2",
+    "Results:\n| $a$ | ![x](p.png) |\n|:--|--:|\n| wide | 2 |": "Results: a wide 2",
+    "x #let x = [1] @ref a_b_c \\foo `#c` ~": "x #let x = [1] @ref a_b_c \\foo #c ~",
+    "<center>unclosed <div>block": "unclosed block",
+    "```python\ndef open(): pass": "def open(): pass",
+    "Привет, ελληνικά": "Привет, ελληνικά",
+    "costs 5 $ or 6 dollars, \\$7 and \\$8": "costs 5 $ or 6 dollars, $7 and $8",
+    "= not a heading\n\n/ term: x": "= not a heading / term: x",
+}
+
+
+def test_markdown_and_html_are_set(tmp_path):
+    (tmp_path / "p.png").write_bytes(png())
+    pdf = export(*map(md, MARKDOWN), md("the last cell"), folder=tmp_path)
+    for source, words in MARKDOWN.items():
+        assert words in pdf.text, source
+    assert "the last cell" in pdf.text and not pdf.notices and pdf.images == 1
+    assert not re.search(r"rgb\(|DejaVu|\||<br|⟦", pdf.text)
+
+
+def test_links_lead_to_headings_and_the_words_of_broken_and_long_ones_stay():
+    links = "[1 (b)](#1-(b)-Each-data-set), [git](#1-b-each-data-set), [web](https://a.org/b)"
+    broken = (
+        f"[dead](#nowhere), [empty](), [long](http://a/{'x' * 2500}), [data](data:,{'y' * 9000})"
+    )
+    pdf = export(md(f"# Title\n{links}, {broken}"), md("## 1 (b) Each data set"))
+    assert "1 (b), git, web, dead, empty, long, data" in pdf.text and not pdf.notices
+    assert len(pdf.links) == 3
+
+
+def test_what_cannot_be_shown_is_named():
+    sources = [
+        "![words](gone.png)",
+        "<img src='gone.png' alt='words'>",
+        "![words](http://a.b/c.png)",
+        "![words](data:image/png;base64,AAAA)",
+        "![words](attachment:gone.png)",
+        "<svg id='words'></svg>",
+        "<iframe src='words'></iframe>",
+        "<video src='words'></video>",
+    ]
+    pdf = export(*[md(f"kept{n} {source} too") for n, source in enumerate(sources)])
+    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 9)]
+    assert all(f"kept{n}" in pdf.text for n in range(8)) and pdf.text.count("too") == 8
+
+
+def test_images_of_every_kind_are_shown(tmp_path):
+    (tmp_path / "a picture.png").write_bytes(png(61))
+    sources = ["![](a%20picture.png)", "![](attachment:in.png)", f"<img src='data:a;base64,{GIF}'>"]
+    attached = {"in.png": {"image/png": base64.b64encode(png(62)).decode()}}
+    cells = [md(source, attachments=attached) for source in sources]
+    outputs = [{"image/png": base64.b64encode(png(63)).decode()}, {"image/gif": GIF}]
+    pdf = export(*cells, code("f()", *map(shown, outputs)), folder=tmp_path)
+    assert not pdf.notices and pdf.images == 4  # equal ones are kept once
+
+
+def test_letters_that_no_font_has_are_named():
+    cells = [md("a letter \U00030000"), code(WHO.replace("Ada", "\U00030001"))]
+    pdf = export(*cells, md("✅ passed"))
+    assert "cell 1: no font here has \U00030000: install one" in pdf.notices
+    assert "cell 2: no font here has \U00030001: install one" in pdf.notices
+    if any("✅" in text for text in pdf.notices):  # else this machine has a font of emoji
+        assert "[white heavy check mark] passed" in pdf.text
+
+
+# ---- Formulas ----
+
+FORMULAS = r"""
+\alpha \varepsilon \odot \oplus \otimes \cap \bigcap_i \bigcup_i \setminus \leq \approx \propto
+\in \perp \mid \to \mapsto \implies \infty \partial \nabla \forall \emptyset \ldots \sum_{i=1}^n
+\int_0^1 \lim_{x\to0} \arg\min_x \operatorname{softmax}(x) \hat{x} \widehat{xy} \overline{xy}
+\tilde{x} \vec{x} \overrightarrow{AB} \underbrace{a+b}_{n} \stackrel{d}{=} \mathbb{R} \mathcal{L}
+\mathbf{x} \bm{x} \boldsymbol{\theta} \mathrm{d}x \mathtt{lr} \text{words} \frac{a}{b}
+\binom{n}{k} \sqrt[3]{x} x' 10^{-3} \left(\frac{a}{b}\right) \left\|x\right\| \lfloor{x}\rfloor
+\left.f\right|_{x=0} \bigl(x\bigr) \|x\|_2 \boxed{x} \cancel{x} \substack{a\\b} \% A^{\mathsf{T}}
+x\nonumber x\tag{1} x\label{eq:a} {\bf{x}} \rm{ReLU} {\cal{L}} a<b
+"""
+MATRICES = ["matrix", "pmatrix", "bmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
+BLOCKS = ["align", "align*", "equation", "gather", "eqnarray"]
+
+
+def test_formulas_that_students_use_are_set():
+    inside = [rf"\begin{{{name}}} a & b \\ c & d \end{{{name}}}" for name in MATRICES]
+    formulas = FORMULAS.split() + inside
+    cells = [md(f"w{n} $ {f} $ and $${f}$$") for n, f in enumerate(formulas)]
+    pdf = export(*cells)
+    assert pdf.notices == []
+    assert all(f"w{n} " in pdf.text for n in range(len(formulas)))
+    assert not re.search(r"\\[a-z]|rgb\(|DejaVu|sect|circle|⟦", pdf.text)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_environment_without_dollars_is_set(name):
+    bare = rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}"
+    pdf = export(md(f"The update is\n\n{bare}\n"), code("f()", shown({"text/latex": bare})))
+    assert pdf.text.count("x = 1 + 2") == 2 and not pdf.notices
+
+
+def test_a_formula_that_cannot_be_set_costs_no_other():
+    broken = [r"\nosuchmacro{x}", r"\frac{a}{b", r"x^{2", r"{a\over{b}}", r"a\middle|b"]
+    pdf = export(*[md(f"w{n} ${tex}$, $a \\odot b$ end") for n, tex in enumerate(broken)])
+    numbers = [re.match(r"cell (\d+): formula", text)[1] for text in pdf.notices]
+    assert numbers == ["1", "2", "3", "4", "5"]
+    assert "\\nosuchmacro{x}" in pdf.text and pdf.text.count("⊙") == 5
+    assert all(f"w{n} " in pdf.text for n in range(5)) and pdf.text.count("end") == 5
+
+
+def test_macros_reach_later_cells():
+    cells = [md(r"$\newcommand{\E}{\mathbb{E}}\def\half{\frac{1}{2}}$"), md(r"$\E[x] = \half$")]
+    pdf = export(*cells, md(r"$$\DeclareMathOperator{\tr}{tr} \tr A$$"))
+    assert not pdf.notices and "E[x]" in pdf.text and "tr A" in pdf.text and "\\" not in pdf.text
+
+
+def test_a_macro_without_end_costs_no_more_than_its_formulas():
+    pdf = export(md(r"kept $\newcommand{\loop}{\loop}\loop$"), md("$x^2$ too"))
+    assert "kept" in pdf.text and "x2 too" in pdf.text and len(pdf.notices) == 1
+
+
+def test_a_cell_that_cannot_be_set_is_shown_as_source(monkeypatch):
+    original = utils.pandoc
+
+    def spoiled(text: str, kind: str) -> str:
+        return original(text, kind).replace("spoil", "#nosuchname")
+
+    monkeypatch.setattr(utils, "pandoc", spoiled)
+    pdf = export(md("before"), md("this will spoil it"), md("after"))
+    assert "before this will spoil it after" in pdf.text
+    assert pdf.notices == ["cell 2: shown as source, as it cannot be set"]
+
+
+# ---- Outputs, and notebooks as found in the wild ----
+
+
+def test_outputs_are_shown_in_their_best_form():
+    log = "".join(f"line {n} of the log\n" for n in range(500))
+    table = "<style>b{}</style><table><tr><th>acc</th></tr><tr><td>97.25</td></tr></table>"
+    outputs = [
+        stream(log),
+        stream(" 40%|████   | 4/10\r100%|██████████| 10/10\n", "stderr"),
+        stream("\x1b[31mred\x1b[0m words\n"),
+        shown({"text/markdown": "| data | accuracy |\n|---|--:|\n| digits | 98.76 |"}),
+        shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
+        shown({"text/plain": "plain words 4711", "text/html": "<b>html words</b> $x^2$"}),
+        shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
+        shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
+        shown({"text/plain": ""}),
+        shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
+        {"output_type": "error", "ename": "E", "evalue": "e", "traceback": ["\x1b[1mTrace 99"]},
+    ]
+    pdf = export(code("f()", *outputs))
+    there = (
+        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2|A ∩ B|Trace 99"
+    )
+    for words in there.split("|"):
+        assert words in pdf.text, words
+    for words in ["line 250", "40%", "Styler", "4711", "<Figure", "Intersection", "[31m", "[1m"]:
+        assert words not in pdf.text, words
+    assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
+
+
+def test_interactive_outputs_are_named():
+    kinds = [
+        {"application/vnd.plotly.v1+json": {}},
+        {"application/javascript": "x()", "text/plain": "<IPython.core.display.Javascript object>"},
+        {"text/html": "<div></div><script>plot()</script>"},
+        {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
+    ]
+    pdf = export(*[code("f()", shown(data)) for data in kinds])
+    assert pdf.text.count("not shown here") == 4
+    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 5)]
+
+
+def test_a_table_longer_than_a_page_goes_on_on_the_next():
+    rows = "".join(f"<tr><td>{n}</td><td>row{n}end</td></tr>" for n in range(150))
+    pdf = export(code("f()", shown({"text/html": f"<table>{rows}</table>"})))
+    per_page = [len(re.findall(r"row\d+end", page)) for page in pdf.pages]
+    assert sum(per_page) == 150 and len(per_page) > 2 and max(per_page) < 75
+
+
+def test_a_table_wider_than_the_page_is_set_smaller_and_named():
+    cells = "".join(f"<td>{n}.000{n:03}</td>" for n in range(24))
+    pdf = export(code("f()", shown({"text/html": f"<table><tr>{cells}</tr></table>"})))
+    assert all(f"{n}.000{n:03}" in pdf.text.split() for n in range(24))
+    assert pdf.notices and "24 columns" in pdf.notices[0]
+
+
+@pytest.mark.parametrize("line", ["0123456789abcdef" * 40, ",".join(["0.0001"] * 90)])
+def test_a_line_without_a_space_breaks_anywhere(line):
+    pdf = export(md(f"text {line}"), code(f'key = "{line}"', stream(line + "\n")))
+    lines = pdf.reader.pages[0].extract_text().replace("\u200b", "").splitlines()
+    assert max(map(len, lines)) < 140 and len(lines) > 12
+    assert words_inside_page(pdf.reader.pages[0])
+
+
+def test_fields_that_are_missing():
+    cells = [
+        {"cell_type": "markdown", "metadata": {"tags": None}, "source": ["kept ", "words"]},
+        {"cell_type": "code", "source": "x1", "metadata": {}},
+        {"cell_type": "raw", "source": "raw words", "metadata": {}},
+        code(
+            "y1",
+            {"output_type": "stream", "text": ["told"]},
+            {"output_type": "display_data"},
+            {"output_type": "display_data", "data": {"text/plain": ["seen"]}},
+            {"output_type": "error", "ename": "Err", "evalue": "why"},
+        ),
+    ]
+    text = export(*cells).text
+    assert all(w in text for w in ["kept words", "x1", "y1", "told", "seen", "why", "raw words"])
+
+
+def test_old_formats_and_a_byte_order_mark():
+    assert "after a mark" in Exported("\ufeff" + notebook(md("after a mark"))).text
+    out = {"output_type": "stream", "stream": "stdout", "text": "old words"}
+    cell = {"cell_type": "code", "language": "python", "input": "old_code()", "outputs": [out]}
+    sheets = {"metadata": {}, "worksheets": [{"cells": [cell]}]}
+    text = Exported(json.dumps({"nbformat": 3, "nbformat_minor": 0} | sheets)).text
+    assert re.search(r"old_code\(\).*old words", text)
+
+
+# ---- Pages ----
+
+
+def test_head_body_and_appendix():
+    claims = {"Ours is better.": True, "It is fast": False}
+    cells = [
+        md("# My Title\nintroduction"),
+        code(WHO),
+        md("## Question 1\nIt is **fast**."),
+        code("#@title Curves\nplot()", stream("curve output"), tags=("appendix",)),
+        code("#@title Text\nmake_text()", stream("computed words"), tags=("hide-code",)),
+        code("check()", shown({"text/plain": "judged"}, claims=claims), tags=("claims",)),
+        code("secret = 1", stream("secret output"), tags=("hide-pdf",)),
+        code("helper_module()", tags=("helper-module",)),
+        code("pip()", tags=("install",)),
+        code("export()", tags=("export",)),
+    ]
+    pdf = export(*cells)
+    order = "My Title|Name: Ada|4000|Bob|introduction|curve output|computed words|judged|Appendix|"
+    order = (order + "Curves plot()|check()").split("|")
+    found = [pdf.text.find(words) for words in order]
+    assert found == sorted(found) and min(found) >= 0
+    for words in ["@title", "make_text", "secret", "helper_module", "pip()", "export()", "NAME ="]:
+        assert words not in pdf.text, words
+    failed = "cell 6: 1 of 2 claims do not hold: It is fast (in cell 3)"
+    assert pdf.all_notices == [failed]
+
+
+@pytest.mark.parametrize(
+    "source", [WHO.replace("Ada", ""), WHO.replace('"Ada"', "Ada"), "NAME = '"]
+)
+def test_a_missing_name_is_named(source):
+    pdf = export(md("a"), code(source, tags=("submission",)))
+    assert "Name: empty" in pdf.text and source not in pdf.text
+    assert pdf.all_notices[0].startswith("cell 2: the name cell lacks NAME")
+
+
+def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
+    lines = "\n".join(f"line_{n} = {n}" for n in range(14))
+    cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
+    for page in export(*cells).pages:
+        assert not re.search(r"Heading \d+ \d+ / \d+$", page)
+
+
+# ---- Which notebook, and where to ----
+
+
+def save(path: Path, words: str) -> Path:
+    path.write_text(notebook(md(words)), encoding="utf-8")
+    return path
+
+
+def text_of(pdf: Path) -> str:
+    return pypdf.PdfReader(pdf).pages[0].extract_text()
+
+
+def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"\[\]"):
+        utils.export_pdf()
+    one = save(tmp_path / "assignment3.ipynb", "words of one")
+    assert "name cell lacks" in utils.export_pdf()[0]
+    assert str(one.with_suffix(".pdf")) in capsys.readouterr().out
+    copy = save(tmp_path / "my copy.ipynb", "words of the copy")
+    with pytest.raises(FileNotFoundError, match=r"'assignment3\.ipynb', 'my copy\.ipynb'"):
+        utils.export_pdf()
+    monkeypatch.setenv("JPY_SESSION_NAME", str(copy))
+    utils.export_pdf()
+    assert "words of the copy" in text_of(copy.with_suffix(".pdf"))
+    monkeypatch.setattr(sys.modules["__main__"], "__vsc_ipynb_file__", str(one), raising=False)
+    utils.export_pdf(pdf=tmp_path / "new" / "out.pdf")
+    assert "words of one" in text_of(tmp_path / "new" / "out.pdf")
+    with pytest.raises(FileNotFoundError, match=r"gone\.ipynb"):
+        utils.export_pdf(tmp_path / "gone.ipynb")
+
+
+@pytest.mark.slow
+def test_nbconvert_finds_the_exporter(tmp_path):
+    path = save(tmp_path / "a.ipynb", "by the command line")
+    command = [sys.executable, "-m", "nbconvert", "--to", "utils.TypstPDFExporter", str(path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert "by the command line" in text_of(tmp_path / "a.pdf")
+
+
+def pretend_colab(monkeypatch, answer: object, download: object, kernel: str) -> None:
+    """google.colab is there; its front end gives `answer`; the kernel is of the module `kernel`."""
+    colab = {
+        "google": types.ModuleType("google"),
+        "google.colab": types.ModuleType("google.colab"),
+        "google.colab._message": types.SimpleNamespace(blocking_request=lambda *a, **k: answer),
+        "google.colab.files": types.SimpleNamespace(download=download),
+    }
+    for name, module in colab.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    shell = type("Shell", (), {"__module__": kernel})()
+    monkeypatch.setattr(utils, "get_ipython", lambda: shell)
+
+
+def refuse(path: str) -> None:
+    raise RuntimeError("no browser")
+
+
+def test_colab_gives_the_open_notebook_and_takes_the_pdf(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nb = json.loads(notebook(md("words in Colab"))) | {
+        "metadata": {"colab": {"name": "mine.ipynb"}}
+    }
+    offered = []
+    pretend_colab(monkeypatch, {"ipynb": nb}, offered.append, "google.colab._shell")
+    utils.export_pdf()
+    assert offered == ["mine.pdf"] and "words in Colab" in text_of(tmp_path / "mine.pdf")
+
+
+@pytest.mark.parametrize("kernel", ["google.colab._shell", "ipykernel.zmqshell"])
+def test_without_an_answer_of_colab_the_file_is_used(tmp_path, monkeypatch, capsys, kernel):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    save(tmp_path / "one.ipynb", "words of the file")
+    pretend_colab(monkeypatch, None, refuse, kernel)
+    utils.export_pdf()
+    assert "words of the file" in text_of(tmp_path / "one.pdf")
+    assert ("could not be downloaded" in capsys.readouterr().out) == kernel.startswith("google")
+
+
+@pytest.mark.parametrize("package", list(utils.NEEDED_VERSIONS))
+@pytest.mark.parametrize("found", ["0.1", None])
+def test_a_package_too_old_or_missing_is_named(monkeypatch, package, found):
+    original = utils.metadata.version
+
+    def version(name: str) -> str:
+        if name == package and not found:
+            raise utils.metadata.PackageNotFoundError(name)
+        return found if name == package else original(name)
+
+    monkeypatch.setattr(utils.metadata, "version", version)
+    needed = utils.NEEDED_VERSIONS[package]
+    with pytest.raises(ImportError, match=f"{package} {needed} or newer, found: {found or 'none'}"):
+        export(md("a"))
+
+
+# ---- Notebooks that failed once, and the committed one ----
+
+
+def shared_cases() -> list:
+    path = CASES / "pdf.json"
+    cases = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [pytest.param(case, id=case["id"]) for case in cases]
+
+
+@pytest.mark.parametrize("case", shared_cases())
+def test_shared_case(case, tmp_path):
+    (tmp_path / "picture.png").write_bytes(png())
+    cells = []
+    for cell in case.get("cells", []):
+        if "markdown" in cell:
+            cells.append(md(cell["markdown"]))
+        elif "code" in cell:
+            cells.append(code(cell["code"], tags=cell.get("tags", ())))
+        else:
+            cells.append(code("f()", shown(cell["output"])))
+    text = case.get("raw_text") or (json.dumps(case["raw"]) if "raw" in case else notebook(*cells))
+    pdf = Exported(text, tmp_path)
+    unreadable = "".join(re.findall(r"no font here has (\S+):", " ".join(pdf.notices)))
+    assert all(words in pdf.text or words in unreadable for words in case["expect"])
+    assert pdf.notices or not re.search(r"[\\$]|\| b|rgb\(|DejaVu|<Figure|object at", pdf.text)
+
+
+@pytest.mark.parametrize("name", ["01-latex-environment", "03-long-table", "06-long-line"])
+def test_shared_notebook(name):
+    path = CASES / name / "in.ipynb"
+    if not path.is_file():
+        pytest.skip("../shared/cases is not here")
+    pdf = Exported(path.read_text(encoding="utf-8"))
+    assert not pdf.notices and all(words_inside_page(page) for page in pdf.reader.pages)
+
+
+def letters(text: str) -> str:
+    """Letters and digits only: line breaks and markup do not count."""
+    return re.sub(r"[\W_]+", "", normalize("NFKC", text))
+
+
+@pytest.mark.slow
+def test_every_heading_caption_and_number_of_the_notebook_is_in_its_pdf():
+    text = (ROOT / "assignment3.ipynb").read_text(encoding="utf-8")
+    pdf = Exported(text)
+    there = letters(pdf.text)
+    wanted = []
+    for cell in nbformat.reads(text, as_version=4).cells:
+        if utils.LEFT_OUT & set(cell.metadata.get("tags", [])):
+            continue
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"(?m)^#+ +(.+)", cell.source):
+                wanted += re.split(r"\$.*?\$|<.*?>", heading)
+        for output in cell.get("outputs", []):
+            data, about = output.get("data", {}), output.get("metadata", {})
+            wanted.append(about.get("caption", ""))
+            table = re.sub(r"<[^>]*>|\$.*?\$|\]\(.*?\)", " ", data.get("text/html", ""))
+            words = re.sub(r"\$.*?\$|\]\(.*?\)", " ", data.get("text/markdown", ""))
+            wanted += re.findall(r"\d+\.\d+", table + words)
+    missing = [words for words in wanted if letters(words) not in there]
+    assert wanted and missing == []
+    assert not pdf.notices

@@ -1,0 +1,76 @@
+"""Settings of the environment: valid values, defaults, and what the machine decides."""
+
+import pytest
+import torch
+
+import utils
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["A3_PROFILE", "A3_DATA", "A3_PRECISION"])
+def test_a_setting_has_a_default_and_an_unknown_value_lists_the_valid_ones(name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    assert utils.setting(name) == "auto"
+    monkeypatch.setenv(name, f" {utils.CHOICES[name][-1].upper()} ")
+    assert utils.setting(name) == utils.CHOICES[name][-1]
+    monkeypatch.setenv(name, "quick")
+    with pytest.raises(ValueError, match=f"{name}='quick'.*{', '.join(utils.CHOICES[name])}"):
+        utils.setting(name)
+
+
+def test_jobs_are_a_whole_number_from_one_or_not_set(monkeypatch):
+    monkeypatch.delenv("A3_JOBS", raising=False)
+    assert utils.setting_jobs() is None
+    monkeypatch.setenv("A3_JOBS", "3")
+    assert utils.setting_jobs() == 3
+    for wrong in ("0", "-1", "1.5", "two"):
+        monkeypatch.setenv("A3_JOBS", wrong)
+        with pytest.raises(ValueError, match="A3_JOBS"):
+            utils.setting_jobs()
+
+
+def test_the_profile_is_full_only_when_every_set_is_real(monkeypatch):
+    split = utils.Split(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), torch.zeros(1).long())
+    real = utils.DigitData("MNIST", split, split, real=True)
+    stand_in = utils.DigitData("scikit-learn digits", split, split, real=False)
+    assert utils.profile_for(real, real) == "full"
+    assert utils.profile_for(real, stand_in) == "short"
+    monkeypatch.setenv("A3_PROFILE", "tiny")
+    assert utils.profile_for(real, real) == "tiny"
+
+
+def test_precision_is_what_was_asked_for(monkeypatch):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        monkeypatch.setenv("A3_PRECISION", name)
+        assert utils.precision(CPU) == dtype
+        with utils.autocast(CPU):
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == dtype
+    monkeypatch.setenv("A3_PRECISION", "fp16")
+    assert utils.precision(torch.device("cuda")) == torch.float16
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        utils.precision(CPU)
+
+
+def test_the_machine_is_described_by_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(utils, "available_cores", lambda: 1)
+    line = utils.machine()
+    assert line.startswith("1 core ")
+    assert f"torch {torch.__version__.split('+')[0]}" in line
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, capsys):
+    path = tmp_path / "folder" / "file"
+
+    def fail(part):
+        part.write_text("half", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    utils.write_atomically(path, lambda part: part.write_text("old", encoding="utf-8"))
+    with pytest.raises(OSError, match="No space left"):
+        utils.write_atomically(path, fail)
+    utils.write_or_warn(path, fail)
+    assert "NOTE  file cannot be written" in capsys.readouterr().out
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    assert path.read_text(encoding="utf-8") == "old"
