@@ -53,9 +53,9 @@ def load_digit_biggan(device: str | torch.device = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
-def conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
-    """A 3 x 3 convolution that keeps the size, batch norm, ReLU."""
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+def conv_norm_relu(inputs: int, outputs: int, kernel: int = 3) -> list[nn.Module]:
+    """A convolution that keeps the size (`kernel` is odd), batch norm, ReLU."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
@@ -67,7 +67,7 @@ class EvaluationClassifier(nn.Module):
     training, and has another architecture than the guide that does.
     """
 
-    def __init__(self, classes: int = len(DIGIT_CLASSES)) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *conv_norm_relu(3, 24),
@@ -81,7 +81,7 @@ class EvaluationClassifier(nn.Module):
             nn.Flatten(),
             nn.Linear(96 * 16, 64),
         )
-        self.head = nn.Linear(64, classes)
+        self.head = nn.Linear(64, len(DIGIT_CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(F.relu(self.features(images)))

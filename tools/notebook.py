@@ -29,7 +29,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
-QUOTES = "'" * 3  # around the copy of utils.py in the helper cell
+QUOTES = "'''"  # around the copy of utils.py in the helper cell
 MARKS = ("<!-- results: made by `make publish` -->", "<!-- end of results -->")
 LANGUAGE = {
     "name": "python",
@@ -181,18 +181,18 @@ class Console:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.line = ""  # in progress
-        self.partial = ""  # of a stream: what came after its last line end
+        self.line = ""  # in progress: of a stream or of a display
+        self.unfinished = ""  # of a stream: what came after its last line end
 
     def write(self, text: str) -> None:
         """Take the next piece of a stream, of any length."""
-        if self.line == self.partial:
-            self.line = ""  # the text goes on with it
-        *finished, self.partial = (self.partial + text).split("\n")
+        if self.line == self.unfinished:  # the stream's own line is in progress, and goes on
+            self.line = ""
+        *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
             self.print_line(visible(line))
-        if self.partial:
-            self.progress(self.partial)
+        if self.unfinished:
+            self.progress(self.unfinished)
 
     def print_line(self, text: str) -> None:
         """Print a line above the one in progress."""
@@ -210,7 +210,8 @@ class Console:
         """The line in progress is complete: keep its last state."""
         if visible(self.line):
             self._put(visible(self.line) + "\n")
-        self.line = self.partial = ""
+        self.line = ""
+        self.unfinished = ""
 
     def _put(self, text: str) -> None:
         erase = "\r\x1b[K" if self.stream.isatty() else ""
@@ -255,7 +256,7 @@ class StreamingClient(nbclient.NotebookClient):
             self.last_display = display
         if display == self.last_display:
             self.console.progress(text)
-        else:
+        else:  # it stands further up: print what is new in it
             self.console.print_line(text.removeprefix(before).strip())
 
 
@@ -303,10 +304,12 @@ def drop_empty_outputs(notebook: NotebookNode) -> None:
 
 
 def shows_something(output: NotebookNode) -> bool:
-    """Whether an output has any text or data that is not empty."""
-    if "data" in output:
-        return any(output.data.values())
-    return bool(output.get("text", "an error").strip())
+    """Whether an output is an error, or has text or data that is not empty."""
+    if output.output_type == "error":
+        return True
+    if output.output_type == "stream":
+        return bool(output.text.strip())
+    return any(output.data.values())
 
 
 def failure(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionError) -> str:
@@ -347,18 +350,23 @@ def publish(executed: Path) -> None:
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
     faults = [*results_faults(results), *output_faults(notebook)]
-    if [cell.source for cell in code_cells(committed)] != [c.source for c in code_cells(notebook)]:
+    if code_of(committed) != code_of(notebook):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
     text = readme_with(answers(notebook), results)
-    for cell, source in zip(code_cells(committed), code_cells(notebook), strict=True):
-        cell.outputs = source.outputs
-        cell.execution_count = source.execution_count
+    for cell, executed_cell in zip(code_cells(committed), code_cells(notebook), strict=True):
+        cell.outputs = executed_cell.outputs
+        cell.execution_count = executed_cell.execution_count
     save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
     (ROOT / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def code_of(notebook: NotebookNode) -> list[str]:
+    """The texts of the code cells, in order."""
+    return [cell.source for cell in code_cells(notebook)]
 
 
 def results_faults(results: dict[str, Any]) -> list[str]:
@@ -401,15 +409,19 @@ def faults_of(output: NotebookNode) -> Iterator[str]:
 
 def texts_of(output: NotebookNode) -> list[str]:
     """The texts of an output, without the bytes of images."""
-    data = output.get("data", {})
-    texts = [data[kind] for kind in data if not kind.startswith(("image/png", "image/jpeg"))]
-    return [output.get("text", ""), *(text for text in texts if isinstance(text, str))]
+    texts = [output.get("text", "")]
+    for media_type, content in output.get("data", {}).items():
+        if isinstance(content, str) and media_type not in ("image/png", "image/jpeg"):
+            texts.append(content)
+    return texts
 
 
 def local_places() -> set[str]:
     """Names that only this machine has: its own, and where files lie on it."""
     places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
-    return places | ({socket.gethostname()} - {"localhost"})
+    if socket.gethostname() != "localhost":
+        places.add(socket.gethostname())
+    return places
 
 
 def answers(notebook: NotebookNode) -> str:
@@ -432,20 +444,23 @@ def answers(notebook: NotebookNode) -> str:
 
 def readme_with(table: str, results: dict[str, Any]) -> str:
     """README.md with `table` and the facts of its run between the two marks."""
-    run_of = results["run"]
+    run_facts = results["run"]
     facts = [
         f"{data['name']}: {data['train']:,} training and {data['test']:,} test images"
         for data in results["data"].values()
     ]
     facts.append(
-        f"One run of {run_of['wall_seconds'] / 60:.0f} minutes in one piece, "
-        f"{run_of['jobs']} trainings at once: {results['machine']}"
+        f"One run of {run_facts['wall_seconds'] / 60:.0f} minutes in one piece, "
+        f"{run_facts['jobs']} trainings at once: {results['machine']}"
     )
     notes = "\n".join(f"- {fact}." for fact in facts)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    return f"{before}{MARKS[0]}\n\n{table}\n\n{notes}\n\n{MARKS[1]}{after}"
+    start, end = MARKS
+    if start not in text or end not in text:
+        raise SystemExit(f"README.md must hold the lines {start} and {end}.")
+    before = text.partition(start)[0]
+    after = text.partition(end)[2]
+    return f"{before}{start}\n\n{table}\n\n{notes}\n\n{end}{after}"
 
 
 def print_results(executed: Path = NOTEBOOK) -> None:

@@ -108,17 +108,17 @@ def starter_result(data: utils.DigitData, train: utils.Split, full: bool) -> tup
     test = notebook.gray(data.test)
     if full:
         model, seconds = starter_training(train, EPOCHS)
-        how = "measured"
+        origin = "measured"
     else:
         timed = train.first(1_500)
         _, one_epoch = starter_training(timed, 1)
         seconds = one_epoch * len(train) / len(timed) * EPOCHS
         model, _ = our_training(notebook.gray(train), PLAIN, EPOCHS, seed=0)
-        how = f"extrapolated from one epoch of {len(timed):,}"
+        origin = f"extrapolated from one epoch of {len(timed):,}"
     goal = utils.percent_right(model, test, CPU)
     print(
         f"  starter's way, {EPOCHS} epochs of {len(train):,} images: {goal:.2f} % "
-        f"in {seconds:.0f} s ({how})"
+        f"in {seconds:.0f} s ({origin})"
     )
     return goal, seconds
 
@@ -144,10 +144,11 @@ def compare(data: utils.DigitData, recipe: str, full: bool, threads: int) -> Non
         if statistics.median(reached) > goal:
             print(
                 f"  => {seconds / middle:.0f} times less time to the starter's accuracy: "
-                f"{middle:.1f} s, not {seconds:.0f} s; {threads} threads, median of 3 seeds"
+                f"{middle:.1f} s, not {seconds:.0f} s; {threads} threads, "
+                f"median of {len(SEEDS)} seeds"
             )
             return
-    print("  => ours did not pass the starter's accuracy within its 20 epochs")
+    print(f"  => ours did not pass the starter's accuracy within {EPOCHS} epochs")
 
 
 def main() -> None:

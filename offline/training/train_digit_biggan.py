@@ -39,6 +39,7 @@ from offline.digit_biggan import (
     WEIGHTS,
     Z_DIM,
     EvaluationClassifier,
+    conv_norm_relu,
     untrained_digit_biggan,
 )
 from offline.training.train_street_classifier import notebook, save_half, write_text
@@ -200,18 +201,13 @@ class Discriminator(nn.Module):
 
 def guide_network(width: int = 32) -> nn.Sequential:
     """The guide: N x 3 x 32 x 32 in -1..1 to N x 20 logits."""
-
-    def block(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
-        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
-
     return nn.Sequential(
-        *block(3, width, 5),
+        *conv_norm_relu(3, width, kernel=5),
         nn.MaxPool2d(2),
-        *block(width, 2 * width, 5),
+        *conv_norm_relu(width, 2 * width, kernel=5),
         nn.MaxPool2d(2),
-        *block(2 * width, 4 * width, 3),
-        *block(4 * width, 4 * width, 3),
+        *conv_norm_relu(2 * width, 4 * width),
+        *conv_norm_relu(4 * width, 4 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4 * width, CLASSES),
@@ -262,10 +258,11 @@ class Trainer:
         self.generator = trainable_biggan()
         self.average = trainable_biggan(self.generator.state_dict())
         self.discriminator = Discriminator().to(memory_format=torch.channels_last)
-        self.opt_g = torch.optim.Adam(self.generator.parameters(), LR_GENERATOR, betas=BETAS)
+        self.opt_g = torch.optim.Adam(self.generator.parameters(), LR_GENERATOR, BETAS)
         self.opt_d = torch.optim.Adam(self.discriminator.parameters(), LR_DISCRIMINATOR, BETAS)
         self.random = torch.Generator().manual_seed(SEED)
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
+        self.seconds = 0.0  # of one core
         self.log: list[dict[str, float]] = []
 
     def save(self, path: Path) -> None:
@@ -290,7 +287,9 @@ class Trainer:
         self.opt_g.load_state_dict(state["opt_g"])
         self.opt_d.load_state_dict(state["opt_d"])
         self.random.set_state(state["random"])
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.log = state["log"]
 
     def train_step(self, real: RealImages) -> dict[str, float]:
         """One update of the discriminator, then one of the generator on the same fakes."""
@@ -351,7 +350,7 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
     }
     sums: dict[str, float] = {}
     before = {name: flat(network) for name, network in networks.items()}
-    start = time.process_time() - trainer.seconds
+    start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
     while trainer.step < steps:
         for name, value in trainer.train_step(real).items():
             sums[name] = sums.get(name, 0.0) + value / LOG_EVERY
@@ -365,11 +364,11 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
             trainer.seconds = time.process_time() - start
             trainer.save(runs / "checkpoint.pt")
         if trainer.step % SNAPSHOT_EVERY == 0:
-            both = {
+            states = {
                 "generator": trainer.generator.state_dict(),
                 "average": trainer.average.state_dict(),
             }
-            torch.save(both, runs / f"snapshot-{trainer.step:06d}.pt")
+            torch.save(states, runs / f"snapshot-{trainer.step:06d}.pt")
             print(f"{trainer.seconds:.0f} s", trainer.log[-1], flush=True)
 
 
@@ -393,7 +392,7 @@ def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 
         z = noise(len(labels), torch.Generator().manual_seed(seed), row / 50)
         for norm in norms:
             norm.training, norm.row = True, row
-        model(z, one_hot(labels), max(row, 1) / 50)
+        model(z, one_hot(labels), max(row, 1) / 50)  # the library takes no truncation of 0
     for norm in norms:
         norm.training, norm.row = False, None
 
@@ -580,10 +579,10 @@ def main() -> None:
     write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
     facts["cas"] = {}
     for world in WORLDS:
-        train_set = generated_split(trainer.average, world, CAS_IMAGES)
+        generated = generated_split(trainer.average, world, CAS_IMAGES)
         test = notebook.gray(parts["test"].splits[world])
         model = nn.Sequential(notebook.base_trunk(), notebook.task_head())
-        facts["cas"][world] = round(train_and_test(model, train_set, test, CAS_EPOCHS), 2)
+        facts["cas"][world] = round(train_and_test(model, generated, test, CAS_EPOCHS), 2)
         print(json.dumps(facts["cas"]), flush=True)
         write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
 
