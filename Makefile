@@ -20,7 +20,7 @@ run: $(READY)
 
 pdf: $(READY)  # of the last run, or of the committed notebook
 	mkdir -p build && { test -f $(OUT) || cp assignment3.ipynb $(OUT); }
-	$(BIN)/python -c "import utils; utils.export_pdf(utils.Path('$(OUT)'), utils.Path('build/assignment3.pdf'))"
+	$(BIN)/python -c "import utils; from pathlib import Path; utils.export_pdf(Path('$(OUT)'), Path('build/assignment3.pdf'))"
 
 results: $(READY)
 	$(BIN)/python tools/notebook.py results $(OUT)

@@ -1,4 +1,4 @@
-"""Question 3: noise and interpolations of the notebook, and the choice of a generator."""
+"""Question 3: noise, interpolations and images. Which generator is taken: test_weights.py."""
 
 import pytest
 import torch
@@ -132,79 +132,7 @@ def test_class_accuracy_is_the_share_of_its_own_ten_classes(nb, gan):
     assert nb.class_accuracy(gan, AlwaysThirteen(), first=10, count=20) == pytest.approx(10)
 
 
-# ---- which generator ----
-
-
-def test_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch, tmp_path):
-    path = tmp_path / "deep.bin"
-    published, seen = biggan.BigGAN, {}
-
-    def narrow(config):
-        seen["layers"], config.channel_width = config.layers, 8
-        return published(config)
-
-    monkeypatch.setattr(biggan, "BigGAN", narrow)
-    monkeypatch.setattr(utils, "download_weights", lambda urls, file, sha: path)
-    config = biggan.BigGANConfig(output_dim=256)
-    config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
-    state = biggan.BigGAN(config).state_dict()
-    torch.save(state, path)
-
-    gan = utils.load_biggan_deep("biggan-deep-256", CPU)
-    assert (gan.size, gan.z_dim, len(gan.classes)) == (256, 128, 1000)
-    assert {"volcano", "daisy", "peacock", "balloon", "jellyfish"} <= set(gan.classes)
-    assert gan.classes.index("volcano") == 980
-    assert not gan.model.training
-    doubling = [doubles for doubles, _, _ in seen["layers"]]
-    assert (len(doubling), sum(doubling)) == (12, 6)  # from 4 to 256 pixels
-
-    state["extra"] = state.pop("embeddings.weight")
-    torch.save(state, path)
-    with pytest.raises(RuntimeError, match=r"embeddings.weight(.|\n)*extra"):
-        utils.load_biggan_deep("biggan-deep-256", CPU)
-
-
-@pytest.fixture
-def no_network(monkeypatch, gan):
-    """offline/ gives `gan`, and the network nothing; the names that were asked for."""
-    asked = []
-
-    def refuse(name, device):
-        asked.append(name)
-        raise utils.DataError(f"{name} is not available here. Tried:\n- nowhere")
-
-    monkeypatch.setattr(utils, "load_biggan_deep", refuse)
-    monkeypatch.setattr(utils, "load_digit_generator", lambda device: gan)
-    return asked
-
-
-def test_the_best_generator_that_can_be_had(no_network, monkeypatch, gan):
-    found, why_not = utils.load_biggan("auto", "full", CPU)
-    assert found is gan
-    assert no_network == ["biggan-deep-256", "biggan-deep-128"]
-    assert "biggan-deep-256 is not available here" in why_not
-    with pytest.raises(utils.DataError):  # one asked for by name is never replaced
-        utils.load_biggan("biggan-deep-128", "full", CPU)
-    with pytest.raises(ValueError, match="biggan-deep-128"):
-        utils.load_biggan("biggan-512", "full", CPU)
-
-
-@pytest.mark.parametrize(
-    "profile, data", [("tiny", "auto"), ("short", "auto"), ("full", "embedded")]
-)
-def test_runs_on_stand_ins_ask_no_network(no_network, monkeypatch, gan, profile, data):
-    monkeypatch.setenv("A3_DATA", data)
-    found, why_not = utils.load_biggan("auto", profile, CPU)
-    assert found is gan
-    assert why_not
-    assert no_network == []
-
-
-def test_without_offline_folder_there_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "nowhere")
-    found, why_not = utils.load_biggan("auto", "tiny", CPU)
-    assert found is None
-    assert "offline" in why_not
+# ---- the digit model ----
 
 
 def test_digit_model_draws_digits_that_the_classifier_knows(nb):

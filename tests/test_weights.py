@@ -144,14 +144,16 @@ def narrow(monkeypatch, tmp_path):
 def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(narrow):
     config = biggan.BigGANConfig(output_dim=256)
     config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
-    assert sum(doubles for doubles, _, _ in config.layers) == 6  # from 4 to 256 pixels
     state = biggan.BigGAN(config).state_dict()
     torch.save(state, narrow)
     generator, why_not = utils.load_biggan("auto", "full", CPU)
     assert (generator.name, why_not) == ("biggan-deep-256", "")
     assert (generator.size, generator.z_dim, len(generator.classes)) == (256, 128, 1000)
     assert generator.classes[980] == "volcano"
+    assert {"volcano", "daisy", "peacock", "balloon", "jellyfish"} <= set(generator.classes)
     assert not generator.model.training
+    doubling = [doubles for doubles, _, _ in generator.model.config.layers]
+    assert (len(doubling), sum(doubling)) == (12, 6)  # from 4 to 256 pixels
     state["extra"] = state.pop("embeddings.weight")
     torch.save(state, narrow)
     with pytest.raises(RuntimeError, match=r"embeddings.weight(.|\n)*extra"):
@@ -171,8 +173,10 @@ def test_a_full_run_without_network_falls_back_to_the_digit_model_and_says_why(m
         utils.load_biggan("biggan-deep-128", "full", CPU)  # one asked for by name is not replaced
 
 
-@pytest.mark.parametrize(("profile", "data"), [("tiny", "auto"), ("full", "embedded")])
-def test_tiny_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("profile", "data"), [("tiny", "auto"), ("short", "auto"), ("full", "embedded")]
+)
+def test_tiny_short_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monkeypatch):
     monkeypatch.setattr(utils, "load_biggan_deep", lambda *_: pytest.fail("asked the network"))
     monkeypatch.setenv("A3_DATA", data)
     generator, why_not = utils.load_biggan("auto", profile, CPU)
@@ -180,10 +184,11 @@ def test_tiny_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monkey
     assert "only a full run on real data" in why_not
 
 
-def test_a_lone_notebook_without_network_has_no_generator_and_says_why(monkeypatch, tmp_path):
+@pytest.mark.parametrize("profile", ["full", "tiny"])
+def test_a_lone_notebook_without_network_has_no_generator(profile, monkeypatch, tmp_path):
     monkeypatch.setattr(utils, "load_biggan_deep", no_network)
     monkeypatch.setattr(utils, "OFFLINE", tmp_path / "nowhere")
-    generator, why_not = utils.load_biggan("auto", "full", CPU)
+    generator, why_not = utils.load_biggan("auto", profile, CPU)
     assert generator is None
     assert why_not.endswith("needs the whole project, with its folder offline/")
 
