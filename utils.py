@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import ast
 import base64
-import contextlib
 import copy
 import dis
 import gzip
 import hashlib
-import html
 import http.client
 import inspect
 import io
@@ -36,13 +34,12 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial, singledispatch
-from html import escape
+from functools import cache, partial, singledispatch
+from html import escape, unescape
 from importlib import import_module, metadata
-from itertools import zip_longest
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -88,7 +85,7 @@ def setting(name: str) -> str:
     return value
 
 
-def setting_jobs() -> int | None:
+def jobs_setting() -> int | None:
     """A3_JOBS, how many trainings run side by side, or None where it is not set.
 
     Raises ValueError unless it is a whole number from 1.
@@ -124,6 +121,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@cache  # as autocast asks for each batch
 def cpu_has_fast_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AMX, AVX512-BF16); known on Linux only."""
     try:
@@ -162,11 +160,15 @@ def available_cores() -> int:
 
 def machine() -> str:
     """One line on the machine, without its name: '2 cores x86_64, no GPU, torch 2.14.1'."""
-    cores = available_cores()
+    cores = counted(available_cores(), "core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    word = "core" if cores == 1 else "cores"
     version = torch.__version__.split("+")[0]
-    return f"{cores} {word} {platform.machine()}, {gpu}, torch {version}"
+    return f"{cores} {platform.machine()}, {gpu}, torch {version}"
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 core', '2 cores'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def warn(text: str) -> None:
@@ -174,30 +176,10 @@ def warn(text: str) -> None:
     print("NOTE  " + text.strip().replace("\n", "\n      "), flush=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path`, then rename: readers never see half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_atomically` a file that a run can do without: where that fails, say so and go on."""
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        warn(f"{path.name} cannot be written ({error}); the run goes on.")
-
-
 # ---- Data ----
 
-T = TypeVar("T")
-
 TIMEOUT = 10.0  # seconds of silence that an address may take
+Source = tuple[str, Callable[[], Path]]  # an address, and what saves its file
 RETRYABLE = (  # what a second try may mend
     RuntimeError,  # torch.hub: the file has another hash, as it was cut
     ConnectionError,
@@ -310,6 +292,25 @@ def to_float(images: Tensor) -> Tensor:
 # Files and addresses
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, then rename: readers never see half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` a file that a run can do without: where that fails, say so and go on."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        warn(f"{path.name} cannot be written ({error}); the run goes on.")
+
+
 def file_sha256(path: Path) -> str:
     """The file's sha256 as 64 hex digits, or '' where it cannot be read."""
     try:
@@ -334,39 +335,38 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # In a thread, as no time-out of a socket ends the wait for a name server.
+    # In a thread, as no time-out of a socket ends the wait for a name server. (Python's exit waits
+    # for the thread, until the system gives the name server up.)
     pool = ThreadPoolExecutor(max_workers=1)
     try:
-        pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT)
+        pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
         return  # an answer; the download will say what is wrong
-    except urllib.error.URLError as error:
+    except urllib.error.URLError as error:  # refused, unknown host, certificate
         if not isinstance(error.reason, ssl.SSLError):
             raise
     finally:
         pool.shutdown(wait=False)
 
 
-def fetch_from(url: str, fetch: Callable[[str], T]) -> T:
-    """`fetch(url)`, once the server answers; a cut connection is tried a second time."""
+def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
+    """`fetch()`, once the server of `url` answers; a cut connection is tried a second time."""
     wait_for_answer(url)
     print(f"Downloading {url}", flush=True)
-    with contextlib.redirect_stderr(sys.stdout):  # progress bars
+    with redirect_stderr(sys.stdout):  # progress bars
         try:
-            return fetch(url)
+            return fetch()
         except RETRYABLE:
-            return fetch(url)
+            return fetch()
 
 
-def fetch_first(
-    name: str, sources: dict[str, Callable[[str], T]], hint: str, tried: Sequence[str] = ()
-) -> T:
-    """What the first address in `sources` (url: fetch) that works gives.
+def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence[str] = ()) -> Path:
+    """The file that the first of `sources` gives.
 
     Raises DataError that lists all failures, those in `tried` first, and says what to do.
     """
     failures = list(tried)
-    for url, fetch in sources.items():
+    for url, fetch in sources:
         try:
             return fetch_from(url, fetch)
         except Exception as error:  # whatever a client raises, the next address may work
@@ -392,24 +392,19 @@ def download(url: str, path: Path, sha256_prefix: str) -> Path:
     return path
 
 
-def download_weights(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
+def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     """`path`, where a file of this sha256 is, or comes from the first url that has it.
 
     Raises DataError that lists every failure.
     """
     if file_sha256(path).startswith(sha256_prefix):
         return path
-
-    def fetch(url: str) -> Path:
-        return download(url, path, sha256_prefix)
-
+    sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
     hint = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
-    return fetch_first(path.name, dict.fromkeys(urls, fetch), hint)
+    return fetch_first(path.name, sources, hint)
 
 
-def from_hub(
-    repository: str, file: str, folder: Path, repo_type: str = "model"
-) -> dict[str, Callable[[str], Path]]:
+def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model") -> Source:
     """A source for `fetch_first`: a file of the Hugging Face hub, saved below `folder`.
 
     The hub's own client checks the file and resumes a download that was cut.
@@ -424,10 +419,10 @@ def from_hub(
         "endpoint": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
     }
 
-    def fetch(_: str) -> Path:
+    def fetch() -> Path:
         return Path(hf_hub_download(**place, local_dir=folder))
 
-    return {hf_hub_url(**place): fetch}
+    return hf_hub_url(**place), fetch
 
 
 def read_cache(path: Path) -> Split | None:
@@ -477,21 +472,15 @@ def real_mnist(part: str) -> Split:
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
-        rows.append(read_idx(download_weights([f"{MNIST_HOST}/{name}"], path, SHA256[name])))
+        rows.append(read_idx(download_once([f"{MNIST_HOST}/{name}"], path, SHA256[name])))
     images, labels = rows
     return Split(images.view(-1, 1, 28, 28), labels.long())
 
 
-def decode_mat(files: Sequence[Path]) -> Split:
-    """The split in SVHN's official .mat file, the only one of `files`.
-
-    Raises DataError for a file with another checksum.
-    """
+def decode_mat(file: Path) -> Split:
+    """The split in SVHN's official .mat file."""
     from scipy.io import loadmat
 
-    (file,) = files
-    if not file_sha256(file).startswith(SHA256[file.name]):
-        raise DataError("this is not the official file; its checksum differs")
     stored = loadmat(file)
     images = np.ascontiguousarray(stored["X"].transpose(3, 2, 0, 1))
     labels = stored["y"].ravel().astype(np.int64)
@@ -538,14 +527,17 @@ def decode_parquet(files: Sequence[Path]) -> Split:
 def read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file or the mirror's parquet files.
 
-    Raises DataError where the numbers of digits are not those of SVHN. A set may be cut short (we
-    have 6,000 test images), but training needs all ten digits.
+    Raises DataError where a checksum or the numbers of digits are not those of SVHN. A set may be
+    cut short (we have 6,000 test images), but training needs all ten digits.
     """
-    if not files:
-        raise FileNotFoundError("no such file")
-    decode = decode_mat if files[0].suffix == ".mat" else decode_parquet
-    keys = [file_sha256(file) for file in files]
-    split = load_cached(f"svhn-{part}", lambda: decode(files), *keys)
+    name, first = f"svhn-{part}", files[0]
+    digests = [file_sha256(file) for file in files]
+    if first.suffix != ".mat":
+        split = load_cached(name, lambda: decode_parquet(files), *digests)
+    elif digests[0].startswith(SHA256[first.name]):
+        split = load_cached(name, lambda: decode_mat(first), *digests)
+    else:
+        raise DataError("this is not the official file; its checksum differs")
     counts = split.counts()
     whole = SIZES["SVHN"][part]
     too_many = len(split) > whole
@@ -565,19 +557,21 @@ def real_svhn(part: str) -> Split:
     mat = f"{part}_32x32.mat"
     failures = []
     for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
+        files = sorted(root.glob(pattern))
+        if not files:
+            failures.append(f"{root / pattern}: no such file")
+            continue
         try:
-            return read_svhn(part, sorted(root.glob(pattern)))
+            return read_svhn(part, files)
         except Exception as error:  # another file, or the network, may do
             failures.append(describe_failure(root / pattern, error))
 
-    def official(url: str) -> Path:
-        return download(url, root / mat, SHA256[mat])
-
+    url = f"{SVHN_HOST}/{mat}"
+    official = (url, partial(download, url, root / mat, SHA256[mat]))
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
-    sources = {f"{SVHN_HOST}/{mat}": official}
-    sources |= from_hub(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset")
+    mirror = hub_source(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset")
     hint = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
-    return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
+    return read_svhn(part, [fetch_first(f"SVHN ({part})", [official, mirror], hint, failures)])
 
 
 # Stand-ins, and which data a run takes
@@ -614,7 +608,7 @@ def svhn_stand_in() -> DigitData:
     return DigitData("rendered street numbers", split("train"), split("test"), real=False)
 
 
-def data_wanted() -> str:
+def data_choice() -> str:
     """A3_DATA; where it is not set, a tiny run takes stand-ins."""
     if setting("A3_PROFILE") == "tiny" and not os.environ.get("A3_DATA", "").strip():
         return "embedded"
@@ -628,15 +622,15 @@ def real_or_stand_in(
 
     Raises DataError where neither can be had.
     """
-    wanted = data_wanted()
-    if wanted == "embedded":
+    choice = data_choice()
+    if choice == "embedded":
         return stand_in()
     try:
         return DigitData(name, read("train"), read("test"), real=True)
     except DataError as error:
-        if wanted == "real":
+        if choice == "real":
             raise
-        problem = error
+        problem = str(error)
     try:
         data = stand_in()
     except DataError as error:
@@ -650,7 +644,8 @@ def cut_to_profile(data: DigitData) -> DigitData:
     if setting("A3_PROFILE") != "tiny":
         return data
     train = data.train.first(TINY_SIZES["train"])
-    return replace(data, train=train, test=data.test.first(TINY_SIZES["test"]))
+    test = data.test.first(TINY_SIZES["test"])
+    return replace(data, train=train, test=test)
 
 
 def load_mnist() -> DigitData:
@@ -665,12 +660,12 @@ def load_svhn() -> DigitData:
 
 # Trained weights: g of Question 1 (e), the generator of Question 3
 
-PUBLISHED_G = (
+PUBLISHED_G_URLS = (
     "http://ml.cs.tsinghua.edu.cn/~chenxi/pytorch-models/svhn-f564f3d8.pth",
     "https://web.archive.org/web/20180115042531if_/"
     "http://ml.cs.tsinghua.edu.cn:80/~chenxi/pytorch-models/svhn-f564f3d8.pth",
 )
-LEAST_G = 90.0  # percent of 1,000 training images; weights that read fewer are not used
+MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights that read fewer are not used
 BIGGAN_256 = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
@@ -681,11 +676,11 @@ BIGGAN_128_MIRROR = "osanseviero/BigGAN-deep-128"  # on the Hugging Face hub
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """`model` with the state dict of a file (fp16 becomes the model's type), in eval mode.
 
-    Raises FileNotFoundError, or RuntimeError that names a damaged or foreign file.
+    Raises OSError where it cannot be read, RuntimeError that names a damaged or foreign file.
     """
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds
         raise RuntimeError(f"{path} is not a file of these weights: {error}") from error
@@ -694,7 +689,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def load_published_g(model: nn.Module) -> None:
     """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
-    path = download_weights(PUBLISHED_G, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
+    path = download_once(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
     load_weights(model, path)
     # Its training data called zero 10, and labels were counted from 1: class k is the digit k + 1.
     with torch.no_grad():
@@ -716,10 +711,10 @@ def load_our_g(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Accuracy of `model`, which is in eval mode, on `split`, in percent."""
-    batches = [to_float(images).to(device) for images in split.images.split(250)]
-    predicted = torch.cat([model(images).argmax(1) for images in batches]).cpu()
-    return 100 * (predicted == split.labels).float().mean().item()
+    """Percent right of `model`, in eval mode; in fp32, so that the processor does not count."""
+    chunks = split.images.split(250)
+    guesses = [model(to_float(images).to(device)).argmax(1).cpu() for images in chunks]
+    return 100 * (torch.cat(guesses) == split.labels).float().mean().item()
 
 
 def short_reason(error: Exception) -> str:
@@ -733,7 +728,7 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
 
     For real SVHN the starter's published weights, else this project's. Each is tried on 1,000
     training images of `street` and left out below 90 %; the reason is printed. Returns the origin
-    as half a sentence, or None when no weights can be used: `model` then has its old weights.
+    as half a sentence, or None when no weights can be used: `model` is then of no use.
     """
     candidates: dict[str, Callable[[nn.Module], None]] = {}
     if street.real:
@@ -742,8 +737,6 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
         ours = "this project's weights, offline/weights/street_classifier.pt"
         candidates[ours] = load_our_g
     trial = street.train.first(1_000)
-    untrained = copy.deepcopy(model.state_dict())
-    was_training = model.training
     model.to(device)
     for origin, load in candidates.items():
         try:
@@ -752,11 +745,9 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
             print(f"Not used: {origin}: {short_reason(error)}")
             continue
         found = percent_right(model, trial, device)
-        if found >= LEAST_G:
+        if found >= MIN_G_ACCURACY:
             return origin
         print(f"Not used: {origin}: {found:.1f} % right on {len(trial):,} training images.")
-    model.load_state_dict(untrained)
-    model.train(was_training)
     return None
 
 
@@ -784,11 +775,13 @@ def load_biggan_deep(name: str, device: torch.device) -> Generator:
     config = BigGANConfig()  # the library's default is the 128 model
     if name == "biggan-deep-256":
         config.output_dim = 256
-        config.layers = [*config.layers[:5], (True, 8, 8), (False, 8, 8), *config.layers[5:]]
-        path = download_weights([BIGGAN_256], runs_folder() / f"{name}.bin", BIGGAN_256_SHA256)
+        # DeepMind's 256 model has these two layers more, behind the library's fifth.
+        added = [(True, 8, 8), (False, 8, 8)]
+        config.layers = config.layers[:5] + added + config.layers[5:]
+        path = download_once([BIGGAN_256], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
     else:
-        source = from_hub(BIGGAN_128_MIRROR, "pytorch_model.bin", runs_folder() / name)
-        path = fetch_first(name, source, "run again with a network")
+        source = hub_source(BIGGAN_128_MIRROR, "pytorch_model.bin", data_root() / name)
+        path = fetch_first(name, [source], "run again with a network")
     # Key for key; the library's from_pretrained accepts any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
@@ -820,254 +813,40 @@ def load_generator(name: str, device: torch.device) -> Generator:
     raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
 
 
-def load_biggan(wanted: str, profile: str, device: torch.device) -> tuple[Generator | None, str]:
+def load_biggan(name: str, profile: str, device: torch.device) -> tuple[Generator | None, str]:
     """The generator of that name, or with 'auto' the best that can be had, or None.
 
     'auto': BigGAN-deep in a full run that may use the network, then the digit model of offline/.
     Also returns why not a better one, "" where there is none better. Raises an error for a name
     that cannot be had, none for 'auto'.
     """
-    if wanted != "auto":
-        return load_generator(wanted, device), ""
+    if name != "auto":
+        return load_generator(name, device), ""
     names = ["biggan-deep-256", "biggan-deep-128", "digits"]
     reasons = []
     if profile != "full" or setting("A3_DATA") == "embedded":
         names = ["digits"]
         reasons.append("only a full run on real data downloads BigGAN-deep")
-    for name in names:
+    for candidate in names:
         try:
-            return load_generator(name, device), "; ".join(reasons)
-        except DataError as error:
-            first_line = str(error).splitlines()[0]
-            reasons.append(first_line.removesuffix("."))
+            return load_generator(candidate, device), "; ".join(reasons)
         except Exception as error:  # an optional part stops no notebook
-            reasons.append(f"{name} cannot be loaded ({short_reason(error)})")
+            reasons.append(f"{candidate}: {short_reason(error).removesuffix('.')}")
     return None, "; ".join(reasons)
 
 
 # ---- Training ----
-#
-# A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the project's functions and classes by their source text and by
-# what that text uses. Byte code, memory addresses, folders and devices do not count, as they change
-# from one machine or Python version to the next.
 
 
-def fingerprint(*parts: object) -> str:
-    """16 hex digits of all that decides what `parts` do: values, source texts, what those use.
-
-    The project's own functions and classes are followed into everything that they call. Those of
-    Python and of installed packages count by their names.
-    """
-    known: dict[int, tuple[object, bytes]] = {}  # keeps each part alive, so that ids stay unique
-
-    def digest(part: object) -> bytes:
-        if id(part) not in known:
-            known[id(part)] = part, b"a part that contains itself"
-            content = describe(part)
-            if isinstance(content, list):
-                content = b"".join(digest(one) for one in content)
-            kind = type(part).__qualname__.encode()
-            known[id(part)] = part, hashlib.sha256(kind + b":" + content).digest()
-        return known[id(part)][1]
-
-    return digest(parts).hex()[:16]
-
-
-@singledispatch
-def describe(part: object) -> bytes | list:
-    """What a fingerprint covers of `part`: its bytes, or further parts.
-
-    This one is for instances without a rule of their own: what pickle would store of them.
-    """
-    if hasattr(part, "__wrapped__"):  # functools.cache, classmethod, staticmethod
-        return [part.__wrapped__]
-    try:
-        stored = part.__reduce_ex__(2)
-    except Exception:  # a lock, a file, a stream: nothing that decides a number
-        return []
-    if isinstance(stored, str):
-        return [stored]
-    return [list(one) if isinstance(one, Iterator) else one for one in stored]
-
-
-@describe.register
-def describe_value(part: int | float | complex | str | NoneType) -> bytes:
-    return repr(part).encode()
-
-
-@describe.register
-def describe_bytes(part: bytes) -> bytes:
-    return part
-
-
-@describe.register
-def describe_list(part: list | tuple) -> list:
-    return list(part)
-
-
-@describe.register
-def describe_set(part: set | frozenset) -> list:
-    return sorted(part, key=repr)
-
-
-@describe.register
-def describe_dict(part: dict) -> list:
-    return sorted(part.items(), key=lambda item: repr(item[0]))
-
-
-@describe.register
-def describe_path(part: PurePath) -> list:
-    return [part.name if part.suffix else ""]  # folders do not count
-
-
-@describe.register
-def describe_device(part: torch.device) -> list:
-    return []
-
-
-@describe.register
-def describe_array(part: np.ndarray | np.generic) -> list:
-    if part.dtype.hasobject:
-        return [part.tolist()]
-    return [part.dtype.str, part.shape, hashlib.sha256(part.tobytes()).digest()]
-
-
-@describe.register
-def describe_tensor(part: Tensor) -> list:
-    content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    shape = tuple(part.shape)
-    return [str(part.dtype), shape, part.requires_grad, hashlib.sha256(content).digest()]
-
-
-@describe.register
-def describe_network(part: nn.Module) -> list:
-    inherited = vars(nn.Module())
-    attributes = {name: value for name, value in vars(part).items() if name not in inherited}
-    weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-    return [type(part), part.training, list(part.named_children()), weights, attributes]
-
-
-@describe.register
-def describe_module(part: ModuleType) -> list:
-    return [part.__name__]
-
-
-@describe.register
-def describe_property(part: property) -> list:
-    return [part.fget]
-
-
-@describe.register
-def describe_method(part: MethodType) -> list:
-    return [part.__func__, part.__self__]
-
-
-@describe.register
-def describe_function(part: FunctionType) -> list:
-    # By its globals: a decorator like torch.no_grad() names itself after what it decorates.
-    if not is_ours(part.__globals__.get("__name__")):
-        return [part.__qualname__, getattr(part, "__wrapped__", None)]
-    defaults = [part.__defaults__, part.__kwdefaults__]
-    return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
-
-
-@describe.register
-def describe_class(part: type) -> list:
-    if not is_ours(part.__module__):
-        return [part.__module__, part.__qualname__]
-    members = {name: value for name, value in vars(part).items() if is_written(name, value)}
-    fields = vars(part).get("__dataclass_fields__", {})
-    factories = {name: one.default_factory for name, one in fields.items()}
-    return [part.__qualname__, part.__bases__, members, factories]
-
-
-@describe.register
-def describe_code(part: CodeType) -> list:
-    text = source_text(part)
-    if text is None:  # typed at a prompt, or several lambdas on a line: byte code is left
-        return [part.co_code, part.co_names, part.co_consts]
-    return [text, part.co_varnames[: part.co_argcount + part.co_kwonlyargcount]]
-
-
-def is_ours(module: str | None) -> bool:
-    """Whether a module is the project's own: not Python's and not an installed package's."""
-    top = (module or "__main__").partition(".")[0]
-    if top == "__main__":  # a notebook's or script's; in a worker, __main__ itself is another
-        return True
-    if top in sys.stdlib_module_names:
-        return False
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
-
-
-def is_written(name: str, member: object) -> bool:
-    """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):
-        return name != "_abc_impl"
-    if not isinstance(member, FunctionType):
-        return False
-    function = inspect.unwrap(member)
-    module = function.__globals__.get("__name__")
-    return is_ours(module) and function.__code__.co_filename != "<string>"
-
-
-def source_text(code: CodeType) -> str | None:
-    """The text that `code` was compiled from, or None where that cannot be told."""
-    linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename)
-    first = code.co_firstlineno
-    if first > len(lines):
-        return None
-    if code.co_name != "<lambda>":
-        return "".join(inspect.getblock(lines[first - 1 :]))
-    text = "".join(lines)
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Lambda)]
-    on_this_line = [node for node in nodes if node.lineno == first]
-    return ast.get_source_segment(text, on_this_line[0]) if len(on_this_line) == 1 else None
-
-
-def names_used(code: CodeType) -> set[tuple[str, str]]:
-    """The global names that `code` reads, each with the attribute that is read from it, or ''."""
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-    names = set()
-    for step, following in itertools.pairwise(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            names.add((step.argval, following.argval if is_dotted else ""))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # a function or comprehension inside
-            names |= names_used(constant)
-    return names
-
-
-def used_globals(function: FunctionType) -> dict[str, object]:
-    """The global values that `function` uses; of our modules, such as utils, only what it uses."""
-    values = {}
-    for name, attribute in names_used(function.__code__):
-        if name.startswith("__") or name not in function.__globals__:
-            continue
-        value = function.__globals__[name]
-        if isinstance(value, ModuleType) and attribute and is_ours(value.__name__):
-            values[f"{name}.{attribute}"] = getattr(value, attribute, None)
-        else:
-            values[name] = value
-    return values
-
-
-def enclosed(function: FunctionType) -> dict[str, object]:
-    """The values that `function` takes from the function around it."""
-    values = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # not assigned yet
-            values[name] = cell.cell_contents
-    return values
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for each (seed, epoch)."""
+    mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return int.from_bytes(mixed[:7], "big")
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """A random stream for each (seed, epoch): a resumed run sees the same batches."""
-    mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
+    return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
 def seed_everything(seed: int) -> None:
@@ -1078,7 +857,7 @@ def seed_everything(seed: int) -> None:
 
 # One dict an epoch: 'epoch', 'seconds', the training's means ('train_loss', ...), evaluations.
 History = list[dict[str, float]]
-SECONDS_BETWEEN_SAVES = 10
+SECONDS_BETWEEN_SAVES = 10  # Drive keeps each version of a file for 30 days
 
 
 @dataclass
@@ -1118,7 +897,7 @@ class Run:
     first_line: str = ""
     display: DisplayHandle | None = None  # of the first line
     time_is_told: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)  # of each step, by its title
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, by its title
     stored: list[str] = field(default_factory=list)  # names of stored trainings that were used
 
 
@@ -1127,16 +906,12 @@ _run = Run()
 
 def start_run(profile: str, *data_names: str) -> None:
     """Show the first line of a run: its profile, data, machine and precision."""
+    global _run
     dtype = str(precision(default_device())).removeprefix("torch.")
-    jobs = n_jobs()
-    at_once = "1 training at a time" if jobs == 1 else f"{jobs} trainings at a time"
     data = " and ".join(data_names)
-    _run.profile = profile
-    _run.first_line = f"Profile {profile}, on {data}: {machine()}, {dtype}, {at_once}."
-    _run.display = show_line(_run.first_line)
-    _run.time_is_told = False
-    _run.seconds = {}
-    _run.stored = []
+    jobs = counted(n_jobs(), "training")
+    first_line = f"Profile {profile}, on {data}: {machine()}, {dtype}, {jobs} at a time."
+    _run = Run(profile, first_line, show_line(first_line))
 
 
 def stored_trainings() -> list[str]:
@@ -1144,8 +919,8 @@ def stored_trainings() -> list[str]:
     return list(dict.fromkeys(_run.stored))
 
 
-def step_seconds() -> dict[str, float]:
-    """Seconds of each step (`title` of `run_parallel`) since `start_run`."""
+def stage_seconds() -> dict[str, float]:
+    """Seconds of each stage (`title` of `run_parallel`) since `start_run`."""
     return {title: round(seconds, 1) for title, seconds in _run.seconds.items()}
 
 
@@ -1159,7 +934,7 @@ def new_training(model: nn.Module, plan: Plan) -> Training:
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=plan.lr,
         weight_decay=plan.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
+        fused=True,
     )
     if plan.schedule == "constant":
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -1178,10 +953,9 @@ class Checkpointer:
     def __init__(self, path: Path, training: Training) -> None:
         self.path = path
         self.training = training
-        self.unsaved = b""
         self.saved_at = time.monotonic()
 
-    def pack(self, history: History) -> bytes:
+    def to_bytes(self, history: History) -> bytes:
         """A checkpoint's content."""
         checkpoint = {
             "model": self.training.model.state_dict(),
@@ -1194,7 +968,7 @@ class Checkpointer:
         torch.save(checkpoint, file)
         return file.getvalue()
 
-    def unpack(self, content: bytes) -> History:
+    def restore(self, content: bytes) -> History:
         """Put a checkpoint's state back. Raises one of many errors where it does not fit."""
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         self.training.model.load_state_dict(checkpoint["model"])
@@ -1207,25 +981,20 @@ class Checkpointer:
         """The history so far, with the state put back; empty where there is no usable file."""
         if not self.path.exists():
             return []
-        beginning = self.pack([])  # as loading may fail half way
+        beginning = self.to_bytes([])  # as loading may fail half way
         try:
-            return self.unpack(self.path.read_bytes())
+            return self.restore(self.path.read_bytes())
         except Exception as error:
             kind = type(error).__name__
             warn(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
-            return self.unpack(beginning)
+            return self.restore(beginning)
 
-    def keep(self, history: History) -> None:
-        """Take the state after an epoch; short epochs share a file, as Drive keeps every one."""
-        self.unsaved = self.pack(history)
-        if time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the last state that was kept, unless that is done."""
-        if self.unsaved:
-            write_or_warn(self.path, lambda part: part.write_bytes(self.unsaved))
-        self.unsaved = b""
+    def save(self, history: History, last: bool) -> None:
+        """Write the state after an epoch: after the `last`, else at most every ten seconds."""
+        if not last and time.monotonic() - self.saved_at < SECONDS_BETWEEN_SAVES:
+            return
+        content = self.to_bytes(history)
+        write_or_warn(self.path, lambda part: part.write_bytes(content))
         self.saved_at = time.monotonic()
 
 
@@ -1240,13 +1009,11 @@ def fit(
 
     batches(epoch) yields `plan.steps` batches, always the same ones. The file in `runs_folder` is
     named after a fingerprint of everything that decides the numbers, so what is changed trains
-    again. Raises FloatingPointError when the loss is not finite; finished epochs are kept.
+    again. An error or an interrupt costs the epoch in work and at most ten seconds of epochs before
+    it. Raises FloatingPointError when the loss is not finite.
     """
-    settings = [plan.epochs, plan.steps, plan.seed, plan.lr, plan.schedule, plan.weight_decay]
-    settings += [plan.evaluate, setting("A3_PRECISION")]
-    key = fingerprint(
-        train_epoch, model, batches, loss_fn, settings, new_training, run_epoch, epoch_generator
-    )
+    own = [new_training, seed_everything, epoch_seed, setting("A3_PRECISION")]
+    key = fingerprint(train_epoch, model, batches, loss_fn, plan, own)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
@@ -1254,34 +1021,250 @@ def fit(
     if history:
         _run.stored.append(plan.name)
         _progress.advance(len(history), stored=True)
-    try:
-        for epoch in range(len(history), plan.epochs):
-            started = time.perf_counter()
-            row = run_epoch(partial(train_epoch, training, batches(epoch), loss_fn), plan, epoch)
-            row |= plan.evaluate(model) if plan.evaluate else {}
-            seconds = time.perf_counter() - started
-            history.append({"epoch": epoch + 1, "seconds": seconds, **row})
-            checkpointer.keep(history)
-            _progress.advance(1)
-    finally:  # the end, an error or an interrupt: no finished epoch is lost
-        checkpointer.flush()
+    for epoch in range(len(history), plan.epochs):
+        started = time.perf_counter()
+        seed_everything(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
+        means = train_epoch(training, batches(epoch), loss_fn)
+        require_finite(means["loss"], plan, epoch)
+        row = {f"train_{name}": value for name, value in means.items()}
+        if plan.evaluate:
+            row |= plan.evaluate(model)
+        seconds = time.perf_counter() - started
+        history.append({"epoch": epoch + 1, "seconds": seconds, **row})
+        checkpointer.save(history, last=epoch + 1 == plan.epochs)
+        _progress.advance(1)
     model.eval()
     return history
 
 
-def run_epoch(
-    train_epoch: Callable[[], dict[str, float]], plan: Plan, epoch: int
-) -> dict[str, float]:
-    """The means of one epoch, as 'train_' figures. Raises FloatingPointError for a bad loss."""
-    # Dropout draws from the global stream: seeded here, resuming is exact.
-    seed_everything(epoch_generator(plan.seed, epoch).initial_seed())
-    means = train_epoch()
-    if not math.isfinite(means["loss"]):
+def require_finite(loss: float, plan: Plan, epoch: int) -> None:
+    """Raise FloatingPointError for a loss that is no number."""
+    if not math.isfinite(loss):
         raise FloatingPointError(
-            f"{plan.name}: the loss became {means['loss']} in epoch {epoch + 1}; {epoch} epochs "
-            f"are kept. Use a smaller learning rate than {plan.lr:g}, or A3_PRECISION=fp32."
+            f"{plan.name}: the loss became {loss} in epoch {epoch + 1}. "
+            f"Use a smaller learning rate than {plan.lr:g}, or A3_PRECISION=fp32."
         )
-    return {f"train_{name}": value for name, value in means.items()}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
+    """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode."""
+    device = next((parameter.device for parameter in model.parameters()), default_device())
+    model.eval()
+    outputs = []
+    with autocast(device):
+        for chunk in split.images.split(batch_size):
+            images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
+            outputs.append(model(images).float())
+    return torch.cat(outputs).cpu()
+
+
+# Fingerprints
+#
+# A fingerprint says whether a stored training is the one that is asked for. It covers all that the
+# parts reach: values by content, the project's functions and classes by their source text and by
+# what that text uses. Memory addresses, the project's folder and devices do not count, as they
+# change from one machine to the next; byte code counts only for what has no text of its own.
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits of all that decides what `parts` do: values, source texts, what those use.
+
+    The project's own functions and classes are followed into everything that they call. Those of
+    Python and of installed packages count by their names.
+    """
+    digests: dict[int, bytes] = {}  # by the id of each part
+    alive: list[object] = []  # all parts, so that no id is used again
+
+    def digest(part: object) -> bytes:
+        if id(part) in digests:
+            return digests[id(part)]
+        alive.append(part)
+        digests[id(part)] = b"a part that contains itself"
+        content = describe(part)
+        if isinstance(content, list):
+            inner = [digest(one) for one in content]
+            if isinstance(part, set | frozenset):
+                inner.sort()
+            content = b"".join(inner)
+        kind = type(part).__qualname__.encode()
+        digests[id(part)] = hashlib.sha256(kind + b":" + content).digest()
+        return digests[id(part)]
+
+    return digest(parts).hex()[:16]
+
+
+@singledispatch
+def describe(part: object) -> bytes | list:
+    """What a fingerprint covers of `part`: its bytes, or further parts.
+
+    This one is for instances without a rule of their own: what pickle would store of them.
+    """
+    # First, as pickle stores only the name of a function with functools.cache, and refuses
+    # classmethod and staticmethod.
+    if hasattr(part, "__wrapped__"):
+        return [part.__wrapped__]
+    try:
+        stored = part.__reduce_ex__(2)
+    except Exception:  # a lock, a file, a stream: nothing that decides a number
+        return []
+    if isinstance(stored, str):
+        return [stored]
+    # The items of an instance that is a list or a dict come as iterators.
+    return [list(one) if isinstance(one, Iterator) else one for one in stored]
+
+
+@describe.register
+def describe_value(part: int | float | complex | str | bytes | NoneType) -> bytes:
+    return repr(part).encode()
+
+
+@describe.register
+def describe_collection(part: list | tuple | set | frozenset) -> list:
+    return list(part)
+
+
+@describe.register
+def describe_dict(part: dict) -> list:
+    return sorted(part.items(), key=lambda item: repr(item[0]))  # keys are text or numbers
+
+
+@describe.register
+def describe_device(part: torch.device) -> list:
+    return []
+
+
+@describe.register
+def describe_array(part: np.ndarray | np.generic) -> list:
+    return [part.dtype.str, part.shape, hashlib.sha256(part.tobytes()).digest()]
+
+
+@describe.register
+def describe_tensor(part: Tensor) -> list:
+    content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    shape = tuple(part.shape)
+    return [str(part.dtype), shape, part.requires_grad, hashlib.sha256(content).digest()]
+
+
+@describe.register
+def describe_network(part: nn.Module) -> list:
+    inherited = vars(nn.Module())
+    attributes = {name: value for name, value in vars(part).items() if name not in inherited}
+    weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    return [type(part), part.training, list(part.named_children()), weights, attributes]
+
+
+@describe.register
+def describe_module(part: ModuleType) -> list:
+    return [part.__name__]
+
+
+@describe.register
+def describe_property(part: property) -> list:
+    return [part.fget]
+
+
+@describe.register
+def describe_method(part: MethodType) -> list:
+    return [part.__func__, part.__self__]
+
+
+@describe.register
+def describe_function(part: FunctionType) -> list:
+    # Not part.__module__, which torch.no_grad() copies from the function that it decorates.
+    if not is_ours(part.__globals__.get("__name__")):
+        return [part.__qualname__, getattr(part, "__wrapped__", None)]
+    defaults = [part.__defaults__, part.__kwdefaults__]
+    return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
+
+
+@describe.register
+def describe_class(part: type) -> list:
+    if not is_ours(part.__module__):
+        return [part.__module__, part.__qualname__]
+    members = {name: value for name, value in vars(part).items() if is_written(name, value)}
+    return [part.__qualname__, part.__bases__, members]
+
+
+@describe.register
+def describe_code(part: CodeType) -> list:
+    text = source_text(part)
+    if text is None:  # a lambda, or typed at a prompt
+        return [part.co_code, part.co_names, part.co_consts]
+    return [text, part.co_varnames[: part.co_argcount + part.co_kwonlyargcount]]
+
+
+def is_ours(module: str | None) -> bool:
+    """Whether a module is the project's own: not Python's and not an installed package's."""
+    top = (module or "__main__").partition(".")[0]
+    if top == "__main__":  # a notebook's or script's; in a worker, __main__ itself is another
+        return True
+    if top in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def is_written(name: str, member: object) -> bool:
+    """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
+    if not name.startswith("__"):
+        return name != "_abc_impl"
+    if not isinstance(member, FunctionType):
+        return False
+    function = inspect.unwrap(member)
+    module = function.__globals__.get("__name__")
+    return is_ours(module) and function.__code__.co_filename != "<string>"
+
+
+def source_text(code: CodeType) -> str | None:
+    """The text that `code` was compiled from, or None where there is none of its own."""
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename)
+    first = code.co_firstlineno
+    if first > len(lines) or code.co_name == "<lambda>":
+        return None
+    return "".join(inspect.getblock(lines[first - 1 :]))
+
+
+def names_used(code: CodeType) -> set[tuple[str, str]]:
+    """The global names that `code` reads, each with the attribute that is read from it, or ''."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    names = set()
+    for step, following in itertools.pairwise(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            # utils.fit(...) gives ("utils", "fit"): its attribute is read in the next step.
+            is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            names.add((step.argval, following.argval if is_dotted else ""))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function or comprehension inside
+            names |= names_used(constant)
+    return names
+
+
+def used_globals(function: FunctionType) -> dict[str, object]:
+    """The global values that `function` uses; of our modules, such as utils, only what it uses.
+
+    What it imports in its body is not followed.
+    """
+    values = {}
+    for name, attribute in names_used(function.__code__):
+        if name.startswith("__") or name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and attribute and is_ours(value.__name__):
+            values[f"{name}.{attribute}"] = getattr(value, attribute, None)
+        else:
+            values[name] = value
+    return values
+
+
+def enclosed(function: FunctionType) -> dict[str, object]:
+    """The values that `function` takes from the function around it."""
+    values = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            values[name] = cell.cell_contents
+    return values
 
 
 # ---- Parallel runs ----
@@ -1298,9 +1281,10 @@ WORKER_SETTINGS = {
     "MALLOC_TOP_PAD_": str(2**28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-# Minutes of each step of the notebook, by its title, on one machine: from the ratios and the first
-# epochs of the first step, the time of the whole run is known on any machine.
-STEP_MINUTES: dict[str, dict[str, float]] = {
+STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finished epoch
+# Minutes of each stage of the notebook, by its title, on one machine: from the ratios and the first
+# epochs of the first stage, the time of the whole run is known on any machine.
+STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
         "1 (b) recipes": 2.0,
         "1 (b)": 20.5,
@@ -1330,17 +1314,18 @@ STEP_MINUTES: dict[str, dict[str, float]] = {
 
 def group_memory(folder: Path) -> float:
     """Bytes that a control group (a container) may still take; infinity where nothing limits it."""
-    names = ("memory.max", "memory.current", "inactive_file")
-    if not (folder / names[0]).exists():  # version 1
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit_file, usage_file, cache_line = "memory.max", "memory.current", "inactive_file"
+    if not (folder / limit_file).exists():  # version 1
+        limit_file, usage_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        cache_line = "total_inactive_file"
     try:
-        limit = int((folder / names[0]).read_text(encoding="utf-8"))
-        used = int((folder / names[1]).read_text(encoding="utf-8"))
+        limit = int((folder / limit_file).read_text(encoding="utf-8"))
+        used = int((folder / usage_file).read_text(encoding="utf-8"))
         lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):  # no such group, or its limit is 'max'
         return math.inf
     facts = dict(line.split() for line in lines)
-    return limit - used + int(facts.get(names[2], 0))  # files in memory make room
+    return limit - used + int(facts.get(cache_line, 0))  # files in memory make room
 
 
 def free_memory() -> float:
@@ -1355,20 +1340,27 @@ def free_memory() -> float:
         root = CGROUPS / "memory" if controllers else CGROUPS
         if "memory" in controllers or not controllers:
             folder = root / path.lstrip("/")
+            # With the groups around it; above CGROUPS there are none.
             free += [group_memory(one) for one in (folder, *folder.parents)]
     return min(free)
 
 
 def n_jobs() -> int:
-    """How many trainings run at once: one on a GPU, else A3_JOBS, else one a core that fits."""
+    """How many trainings run at once: A3_JOBS, else one on a GPU, else one a core that fits.
+
+    Raises ValueError as `jobs_setting`.
+    """
+    chosen = jobs_setting()
+    if chosen is not None:
+        return chosen
     if default_device().type == "cuda":
         return 1
     fitting = int(free_memory() / MEMORY_OF_A_TRAINING)
-    return setting_jobs() or max(1, min(available_cores(), fitting))
+    return max(1, min(available_cores(), fitting))
 
 
 class Progress:
-    """The epochs of one task, for the bar of `run_parallel`: a byte each in the task's file."""
+    """Tells the bar of `run_parallel`, by the task's file, which epochs of a task are finished."""
 
     def __init__(self) -> None:
         self.file: Path | None = None
@@ -1384,8 +1376,9 @@ class Progress:
         if self.file is None or count == 0:
             return
         self.epochs_left -= count
-        with contextlib.suppress(OSError), self.file.open("ab") as file:
-            file.write((b"s" if stored else b"t") * count)
+        mark = STORED if stored else TRAINED
+        with suppress(OSError), self.file.open("ab") as file:
+            file.write(mark * count)
 
     def finish(self) -> None:
         self.advance(self.epochs_left)
@@ -1399,32 +1392,29 @@ def run_parallel(
     tasks: dict[Hashable, Callable[[], Result]],
     *,
     title: str,
-    epochs: int = 1,
-    jobs: int | None = None,
+    epochs: int,
 ) -> dict[Hashable, Result]:
-    """Run independent trainings, `jobs` at a time (None: `n_jobs`), one thread each.
+    """Run independent trainings, `n_jobs` at a time, one thread each.
 
     Each task is a function without arguments, which may be defined in a notebook (joblib's loky
     sends it), and trains for `epochs` epochs. One progress bar, `title`, is over all of them.
     Results come in the order of `tasks`, and are the same whatever the number of jobs. Raises
     RuntimeError that names the task that failed.
     """
-    jobs = min(jobs or n_jobs(), len(tasks))
-    stored_before = len(_run.stored)
-    with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        prepared = {
-            key: partial(run_task, task, task_name(key), folder / str(number), epochs)
-            for number, (key, task) in enumerate(tasks.items())
-        }
-        with StepDisplay(title, len(tasks) * epochs, folder) as step, warnings.catch_warnings():
+    jobs = min(n_jobs(), len(tasks))
+    with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder_name:
+        folder = Path(folder_name)
+        prepared = {}
+        for number, (key, task) in enumerate(tasks.items()):
+            prepared[key] = partial(execute, task, task_name(key), folder / str(number), epochs)
+        with StageDisplay(title, len(tasks) * epochs, folder) as stage, warnings.catch_warnings():
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             if jobs <= 1:
                 results = {key: task() for key, task in prepared.items()}
             else:
-                results = run_in_workers(prepared, jobs)
-            step.finish(len(tasks), len(_run.stored) - stored_before)
+                results = run_in_processes(prepared, jobs)
+            stage.finish(len(tasks))
     return results
 
 
@@ -1433,7 +1423,7 @@ def task_name(key: Hashable) -> str:
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def run_task(task: Callable[[], Result], name: str, file: Path, epochs: int) -> Result:
+def execute(task: Callable[[], Result], name: str, file: Path, epochs: int) -> Result:
     """The task's result, from one thread; its progress goes into `file`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
@@ -1447,7 +1437,7 @@ def run_task(task: Callable[[], Result], name: str, file: Path, epochs: int) -> 
         torch.set_num_threads(threads)
 
 
-def run_in_workers(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
+def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
     """The results of prepared tasks, from `jobs` processes."""
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     executor = get_reusable_executor(
@@ -1457,7 +1447,8 @@ def run_in_workers(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, 
         result_reducers={CodeType: pack_code},
     )
     # A notebook's cells are no files: workers need their text, for fingerprints.
-    cells = {name: text for name, text in linecache.cache.items() if text[1:2] == (None,)}
+    cached = linecache.cache.items()
+    cells = {name: entry for name, entry in cached if len(entry) == 4 and entry[1] is None}
     waiting = list(tasks)
     running: dict[Future, Hashable] = {}
     results = {}
@@ -1465,17 +1456,18 @@ def run_in_workers(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, 
         while waiting or running:
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(work, tasks[key], cells)] = key
+                running[executor.submit(run_in_worker, tasks[key], cells)] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                results[running[future]], stored = future.result()
-                del running[future]
+                result, stored = future.result()
+                results[running[future]] = result
                 _run.stored += stored
+                del running[future]
     except BrokenExecutor as error:
         names = "; ".join(task_name(key) for key in running.values())
         raise RuntimeError(
             "The system ended a process, as it does when memory runs out, during: "
-            f"{names}. Set A3_JOBS=1 to run one training at a time; finished epochs are kept."
+            f"{names}. Set A3_JOBS=1 to run one training at a time; stored epochs are kept."
         ) from error
     except BaseException:
         executor.shutdown(wait=False, kill_workers=True)
@@ -1488,17 +1480,18 @@ def pack_code(code: CodeType) -> tuple:
     return marshal.loads, (marshal.dumps(code),)
 
 
-def work(task: Callable[[], Result], cells: dict[str, tuple]) -> tuple[Result, list[str]]:
-    """In a worker: the task's result and the names of the stored trainings that it used."""
+def run_in_worker(task: Callable[[], Result], cells: dict[str, tuple]) -> tuple[Result, list[str]]:
+    """The task's result and the names of the stored trainings that it used."""
     linecache.cache.update(cells)
     _run.stored.clear()
-    return task(), _run.stored
+    result = task()
+    return result, _run.stored
 
 
 class DisplayStream:
     """A file for tqdm: what is written replaces the text of a notebook's display.
 
-    So the saved notebook keeps one line of a step. (A carriage return would keep every state of
+    So the saved notebook keeps one line of a stage. (A carriage return would keep every state of
     the bar there, a widget would be empty in the PDF, and stderr is shown in red.)
     """
 
@@ -1507,26 +1500,33 @@ class DisplayStream:
 
     def write(self, text: str) -> None:
         if text.strip():
-            # Not saved; says to who runs the notebook on a terminal that this text will change.
-            about = {"progress": True}
-            self.handle.update({"text/plain": text.strip()}, raw=True, transient=about)
+            self.handle.update({"text/plain": text.strip()}, raw=True)
 
     def flush(self) -> None:
         """tqdm asks for it."""
 
 
-class StepDisplay:
+def epoch_marks(folder: Path) -> list[bytes]:
+    """What the tasks' files hold: STORED or TRAINED for each finished epoch."""
+    try:
+        return [file.read_bytes() for file in folder.iterdir()]
+    except OSError:  # a temporary folder that vanished costs the bar, not the run
+        return []
+
+
+class StageDisplay:
     """The bar of one `run_parallel`, kept up to date by a thread, and the line when it ends."""
 
     def __init__(self, title: str, epochs: int, folder: Path) -> None:
         self.title, self.epochs, self.folder = title, epochs, folder
         self.started = time.perf_counter()
-        self.first_epochs: tuple[float, int] | None = None  # when some were done, and how many
+        self.first_time = 0.0  # when the first epochs were done
+        self.first_count = 0  # and how many
         self.text = f"{title}: stopped"
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
 
-    def __enter__(self) -> StepDisplay:
+    def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
         # disable=None: no bar in a log file
@@ -1546,46 +1546,47 @@ class StepDisplay:
             print(self.text, flush=True)
 
     def follow(self) -> None:
-        """Until the step ends: count the epochs in the tasks' files."""
+        """Until the stage ends: count the finished epochs."""
         while not self.ended.wait(0.5):
-            done = b"".join(file.read_bytes() for file in self.folder.iterdir())
+            done = b"".join(epoch_marks(self.folder))
             self.bar.update(len(done) - self.bar.n)
-            if b"s" not in done:  # stored epochs take no time
+            if STORED not in done:  # stored epochs take no time
                 self.estimate(len(done))
 
     def estimate(self, trained: int) -> None:
-        """Tell how long the run will take, once a tenth of this step's epochs tell their time."""
+        """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
         now = time.perf_counter()
-        if trained and self.first_epochs is None:
-            self.first_epochs = now, trained  # before them, the workers started
-        if self.first_epochs is None or trained - self.first_epochs[1] < self.epochs / 10:
+        if self.first_count == 0:  # before the first epochs, the workers started
+            self.first_time, self.first_count = now, trained
+        timed = trained - self.first_count
+        if timed == 0 or timed < self.epochs / 10:
             return
-        then, before = self.first_epochs
-        seconds_an_epoch = (now - then) / (trained - before)
-        tell_time(self.title, then - self.started + (self.epochs - before) * seconds_an_epoch)
+        seconds_an_epoch = (now - self.first_time) / timed
+        left = self.epochs - self.first_count
+        tell_time(self.title, self.first_time - self.started + left * seconds_an_epoch)
 
-    def finish(self, trainings: int, stored: int) -> None:
-        """The step has its results: compose the line that stays."""
+    def finish(self, trainings: int) -> None:
+        """The stage has its results: compose the line that stays."""
         seconds = time.perf_counter() - self.started
         _run.seconds[self.title] = seconds
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-        word = "training" if trainings == 1 else "trainings"
-        self.text = f"{self.title}: {trainings} {word} in {duration}"
+        stored = [marks for marks in epoch_marks(self.folder) if STORED in marks]
+        self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
         if stored:
-            folder = runs_folder()
-            self.text += f", {stored} of them stored: delete the folder {folder} to train again"
+            self.text += f", {len(stored)} of them stored: delete the .pt files in "
+            self.text += f"{runs_folder()} to train again"
         else:
             tell_time(self.title, seconds)
 
 
 def tell_time(title: str, seconds: float) -> None:
-    """Once in a run: how long the whole takes, from the `seconds` of its step `title`."""
-    minutes = STEP_MINUTES.get(_run.profile, {})
+    """Once in a run: how long the whole takes, from the `seconds` of its stage `title`."""
+    minutes = STAGE_MINUTES.get(_run.profile, {})
     if _run.time_is_told or title not in minutes:
         return
     _run.time_is_told = True
     whole = max(1, round(seconds / 60 * sum(minutes.values()) / minutes[title]))
-    text = f"The whole run takes about {whole} minute{'s' * (whole > 1)} on this machine."
+    text = f"The whole run takes about {counted(whole, 'minute')} on this machine."
     if _run.display:
         _run.display.update({"text/plain": f"{_run.first_line} {text}"}, raw=True)
     else:
@@ -1610,32 +1611,12 @@ def show_line(text: str) -> DisplayHandle | None:
 
 def show(data: dict[str, str], metadata: dict, at: DisplayHandle | None = None) -> None:
     """Show data by its media types, in the place `at` if given; a script prints the plain text."""
-    if get_ipython() is None:
+    if not in_kernel():
         print(data["text/plain"])
     elif at is None:
         display(data, raw=True, metadata=metadata)
     else:
         at.update(data, raw=True, metadata=metadata)
-
-
-def show_markdown(text: str) -> None:
-    """Show computed text as Markdown."""
-    show({"text/markdown": text, "text/plain": text}, {})
-
-
-@torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
-    """Outputs of `model`, in eval mode, for every image of `split`, in order: float32, CPU."""
-    was_training = model.training
-    device = next((parameter.device for parameter in model.parameters()), default_device())
-    model.eval()
-    outputs = []
-    with autocast(device):
-        for chunk in split.images.split(batch_size):
-            images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
-            outputs.append(model(images).float())
-    model.train(was_training)
-    return torch.cat(outputs).cpu()
 
 
 def set_figure_style() -> None:
@@ -1661,21 +1642,26 @@ def show_figure(
     """
     text = f"Figure {number}. {caption}"
     kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
-    file = io.BytesIO()
-    about = {"Title": text, "Software": None} if photo else {"Title": text, "Date": None}
-    figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=about)
-    content = file.getvalue()
-    write_or_warn(
-        runs_folder() / "figures" / f"{name}.{kind}", lambda part: part.write_bytes(content)
-    )
-    metadata = {"caption": text, media_type: {"alt": text}}
+    content = render(figure, kind, text)
+    file = runs_folder() / "figures" / f"{name}.{kind}"
+    write_or_warn(file, lambda part: part.write_bytes(content))
+    output_metadata = {"caption": text, media_type: {"alt": text}}
     if photo:
-        metadata[media_type]["width"] = round(96 * figure.get_figwidth())
+        output_metadata[media_type]["width"] = round(96 * figure.get_figwidth())
     image = base64.b64encode(content) if photo else content
-    show({media_type: image.decode(), "text/plain": text}, metadata)
-    if get_ipython() is not None:  # where the image is shown, the caption follows
+    show({media_type: image.decode(), "text/plain": text}, output_metadata)
+    if in_kernel():  # where the image is shown, the caption follows
         show({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
     plt.close(figure)
+
+
+def render(figure: plt.Figure, kind: str, title: str) -> bytes:
+    """A figure as a file, 'png' or 'svg', the same one from the same figure."""
+    changing = "Software" if kind == "png" else "Date"
+    file_metadata = {"Title": title, changing: None}
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=file_metadata)
+    return file.getvalue()
 
 
 def show_table(
@@ -1702,16 +1688,19 @@ def show_frame(
     """Show a frame as an HTML table: the first column to the left, the others to the right."""
     cells = frame.map(cell_text)
     with pd.option_context("display.max_colwidth", None):
-        page = cells.to_html(index=False, border=0, justify="right")
+        page = BeautifulSoup(cells.to_html(index=False, border=0), "html.parser")
         plain = cells.to_string(index=False)
-    page = page.replace("<th>", '<th style="text-align: left">', 1)
-    page = page.replace("<tr>\n      <td>", '<tr>\n      <td style="text-align: left">')
-    page = page.replace("<td>", '<td style="text-align: right">')
+    for row in page("tr"):
+        first, *others = row(["th", "td"])
+        first["style"] = "text-align: left"
+        for entry in others:
+            entry["style"] = "text-align: right"
     if caption:
-        start = f'<caption style="caption-side: top; text-align: left">{escape(caption)}</caption>'
-        page = page.replace("<thead>", f"{start}\n  <thead>", 1)
+        heading = page.new_tag("caption", style="caption-side: top; text-align: left")
+        heading.string = caption
+        page.table.insert(0, heading)
         plain = f"{caption}\n{plain}"
-    show({"text/html": page, "text/plain": plain}, metadata, at)
+    show({"text/html": str(page), "text/plain": plain}, metadata, at)
 
 
 def cell_text(value: object) -> str:
@@ -1733,7 +1722,8 @@ WRAPPERS = (
     ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"  # nbconvert's, around all
 )
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
-LONGEST_OUTPUT = 40  # lines
+FIRST_LINES, LAST_LINES = 26, 13  # shown of an output of more than 40
+PDF_A = "a-2b"  # the standard that asks for a glyph of every letter
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
 STYLE = r"""
@@ -1814,11 +1804,11 @@ class TypstPDFExporter(HTMLExporter):
     def default_config(self) -> Config:
         """nbconvert's settings: cells left out by tags, HTML as pandoc reads it."""
         remove = {"enabled": True, "remove_cell_tags": LEFT_OUT, "remove_input_tags": {"hide-code"}}
-        plain = {"template_name": "basic", "exclude_input_prompt": True}
+        prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
         config = Config(
             TagRemovePreprocessor=remove,
             CoalesceStreamsPreprocessor={"enabled": True},
-            TypstPDFExporter=plain | {"exclude_output_prompt": True},
+            TypstPDFExporter={"template_name": "basic", **prompts},
         )
         config.merge(super().default_config)
         return config
@@ -1840,7 +1830,7 @@ class TypstPDFExporter(HTMLExporter):
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
         self.notes: list[tuple[int, str]] = []
-        self.cell = 1  # the number of the cell in work, for notes
+        self.image_numbers = itertools.count()
         with tempfile.TemporaryDirectory() as folder:
             self.workshop = Path(folder)
             self.compiler = typst.Compiler(root=folder)
@@ -1848,9 +1838,9 @@ class TypstPDFExporter(HTMLExporter):
         self.notices = [f"cell {cell}: {text}" for cell, text in sorted(self.notes)]
         return content, self.resources | {"output_extension": ".pdf"}
 
-    def note(self, text: str) -> None:
-        """Keep a notice on the cell in work."""
-        self.notes.append((self.cell, text))
+    def note(self, cell: int, text: str) -> None:
+        """Keep a notice on a cell, by its number."""
+        self.notes.append((cell, text))
 
     # Cells to HTML
 
@@ -1858,60 +1848,65 @@ class TypstPDFExporter(HTMLExporter):
         """The parts of the body and of the appendix."""
         body, appendix = [], []
         for number, cell in enumerate(self.nb.cells, 1):
-            self.cell = number
-            page = BeautifulSoup(self.cell_html(cell), "html.parser")
+            self.cell = number  # for mark_formula, which nbconvert calls
+            page = BeautifulSoup(self.cell_html(number, cell), "html.parser")
             code = page.select_one("div.input")
             listing = code_listing(code.extract().get_text()) if code else ""
-            self.tidy(page)
+            part = Part(number, page)
+            self.tidy(part)
             for wrapper in page.select(WRAPPERS):
                 wrapper.unwrap()
             if {"appendix", "claims"} & set(cell.metadata.tags):
                 appendix.append(Part(number, BeautifulSoup(listing, "html.parser")))
             else:
                 page.insert(0, BeautifulSoup(listing, "html.parser"))
-            body.append(Part(number, page))
+            body.append(part)
         mend_links([part.page for part in body])
         return [self.head(body), *body], [part for part in appendix if part.page.pre]
 
-    def cell_html(self, cell: NotebookNode) -> str:
+    def cell_html(self, number: int, cell: NotebookNode) -> str:
         """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
         if cell.cell_type == "code":
             for output in cell.outputs:
-                self.choose_form(output)
+                self.keep_printable(number, output)
             cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
         one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
         try:
             return super().from_notebook_node(one_cell, dict(self.resources))[0]
         except Exception as error:  # whatever: one cell must not cost the others
-            self.note(f"shown as source: {error}")
-            return f"<pre>{html.escape(cell.source)}</pre>"
+            self.note(number, f"shown as source: {error}")
+            return f"<pre>{escape(cell.source)}</pre>"
 
-    def choose_form(self, output: NotebookNode) -> None:
+    def keep_printable(self, cell: int, output: NotebookNode) -> None:
         """Leave to an output the one form of its data that the PDF shows."""
         data, about = output.get("data", {}), output.get("metadata", {})
-        self.note_claims(about.get("claims", {}))
-        page = re.sub(r"(?s)<(script|style).*?</\1>", "", data.get("text/html", ""))
+        self.note_claims(cell, about.get("claims", {}))
+        page = BeautifulSoup(data.get("text/html", ""), "html.parser")
+        for tag in page(["script", "style"]):
+            tag.decompose()
+        words = data.get("text/markdown") or data.get("text/latex")
         image = next((kind for kind in IMAGES if kind in data), "")
         if about.get("is_caption"):
             output.data = {}
         elif image:
             output.data = {"text/html": figure_html(image, data[image], about.get("caption", ""))}
-        elif text := data.get("text/markdown") or data.get("text/latex"):
-            output.data = {"text/markdown": text}
-        elif re.search(r"<(img|iframe|video)|>\s*[^<\s]", page):
-            output.data = {"text/html": self.mark_html(page)}
+        elif words:
+            output.data = {"text/markdown": words}
+        elif page.find(["img", "iframe", "video"]) or page.get_text(strip=True):
+            output.data = {"text/html": self.mark_formulas(str(page))}
         elif set(data) - {"text/plain"}:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
-            self.note(what)
+            self.note(cell, what)
             output.data = {"text/plain": f"[{what}]"}
 
-    def note_claims(self, claims: dict[str, bool]) -> None:
+    def note_claims(self, cell: int, claims: dict[str, bool]) -> None:
         """Name the claims that do not hold, and the cells whose text makes them."""
         failed = [sentence for sentence, holds in claims.items() if not holds]
+        numbered = list(enumerate(self.nb.cells, 1))
         for sentence in failed:
-            cells = [str(n) for n, cell in enumerate(self.nb.cells, 1) if has(cell, sentence)]
-            place = f" (in cell {', '.join(cells)})" if cells else ""
-            self.note(f"{len(failed)} of {len(claims)} claims do not hold: {sentence}{place}")
+            places = [str(n) for n, other in numbered if contains_sentence(other, sentence)]
+            place = f" (in cell {', '.join(places)})" if places else ""
+            self.note(cell, f"{len(failed)} of {len(claims)} claims do not hold: {sentence}{place}")
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
@@ -1936,72 +1931,78 @@ class TypstPDFExporter(HTMLExporter):
         self.formulas.append(Formula(self.cell, tex, display))
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
-    def mark_html(self, page: str) -> str:
+    def mark_formulas(self, page: str) -> str:
         """HTML of an output, with a mark in the place of each formula in dollars."""
         formula = r"\$([^$<>]+)\$(?!\d)"
-        return re.sub(formula, lambda found: self.mark_formula(html.unescape(found[1])), page)
+        return re.sub(formula, lambda found: self.mark_formula(unescape(found[1])), page)
 
     def head(self, body: list[Part]) -> Part:
         """Course, title (taken out of the body) and the values of the name cell."""
-        tagged = [n for n, c in enumerate(self.nb.cells, 1) if "submission" in c.metadata.tags]
-        self.cell = tagged[0] if tagged else 1
-        source = self.nb.cells[self.cell - 1].source if tagged else ""
-        headings = [part.page.h1.extract() for part in body if part.page.h1][:1]
-        who = dict.fromkeys(["NAME", "STUDENT_NUMBER", "DISCUSSED_WITH"], "") | assigned(source)
-        if missing := [name for name, value in who.items() if not value]:
-            self.note(f"the name cell lacks {', '.join(missing)}: fill it in")
-        line = [
-            f"{k.replace('_', ' ').capitalize()}: <b>{v or 'empty'}</b>" for k, v in who.items()
-        ]
-        page = f"<p>{COURSE}</p>{headings[0] if headings else ''}<p>{' &emsp; '.join(line)}</p>"
-        words = [*(heading.get_text() for heading in headings), html.unescape(who["NAME"])]
-        self.title = ", ".join(filter(None, words))
-        return Part(self.cell, BeautifulSoup(page, "html.parser"))
+        number, source = self.name_cell()
+        who = {"NAME": "", "STUDENT_NUMBER": "", "DISCUSSED_WITH": ""} | assigned_values(source)
+        missing = [name for name, value in who.items() if not value]
+        if missing:
+            self.note(number, f"the name cell lacks {', '.join(missing)}: fill it in")
+        heading = take_title(body)
+        self.title = ", ".join(filter(None, [heading.get_text(), unescape(who["NAME"])]))
+        facts = []
+        for name, value in who.items():
+            facts.append(f"{name.replace('_', ' ').capitalize()}: <b>{value or 'empty'}</b>")
+        page = f"<p>{COURSE}</p>{heading}<p>{' &emsp; '.join(facts)}</p>"
+        return Part(number, BeautifulSoup(page, "html.parser"))
+
+    def name_cell(self) -> tuple[int, str]:
+        """Number and source of the name cell; 1 and nothing where there is none."""
+        for number, cell in enumerate(self.nb.cells, 1):
+            if "submission" in cell.metadata.tags:
+                return number, cell.source
+        return 1, ""
 
     # HTML for paper
 
-    def tidy(self, page: BeautifulSoup) -> None:
+    def tidy(self, part: Part) -> None:
         """Change a cell's HTML to what can be printed, and note what cannot."""
-        for tag in page(NOT_ON_PAPER):
-            self.replace(tag, f"{tag.name} {tag.get('src', '')}")
-        for image in page("img"):
-            self.save_image(image)
-        for listing in page("pre"):
+        for tag in part.page(NOT_ON_PAPER):
+            self.replace(part.cell, tag, f"{tag.name} {tag.get('src', '')}")
+        for image in part.page("img"):
+            self.save_image(part.cell, image)
+        for listing in part.page("pre"):
             listing.replace_with(BeautifulSoup(output_listing(listing), "html.parser"))
-        for table in page("table"):
-            self.fit_table(table)
+        for table in part.page("table"):
+            self.fit_table(part.cell, table)
 
-    def replace(self, tag: Tag, what: str) -> None:
+    def replace(self, cell: int, tag: Tag, what: str) -> None:
         """Put words in the place of what cannot be shown."""
-        self.note(f"{what[:70].strip()} is not shown")
+        self.note(cell, f"{what[:70].strip()} is not shown")
         tag.replace_with(f"[{tag.get('alt') or what[:70].strip()}: not shown]")
 
-    def save_image(self, image: Tag) -> None:
+    def save_image(self, cell: int, image: Tag) -> None:
         """Write an image (data: or a file) to where Typst finds it."""
         source = unquote(image.get("src", ""))
         folder = self.resources["metadata"].get("path") or "."
         try:
-            data = source.startswith("data:") and base64.b64decode(source.partition(",")[2])
-            content = data or Path(folder, source).read_bytes()
+            if source.startswith("data:"):
+                content = base64.b64decode(source.partition(",")[2])
+            else:
+                content = Path(folder, source).read_bytes()
         except (OSError, ValueError):
-            self.replace(image, f"image {source}")
+            self.replace(cell, image, f"image {source}")
             return
-        name = f"image{len(list(self.workshop.iterdir()))}"
+        name = f"image{next(self.image_numbers)}"
         (self.workshop / name).write_bytes(content)
         image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
 
-    def fit_table(self, table: Tag) -> None:
+    def fit_table(self, cell: int, table: Tag) -> None:
         """Make the type of a table smaller where its longest words are wider than the page."""
-        rows = [
-            [max(map(len, cell.get_text().split()), default=0) for cell in row(["td", "th"])]
-            for row in table("tr")
-        ]
-        columns = [min(60, max(column)) for column in zip_longest(*rows, fillvalue=0)]
-        width = sum(0.5 * letters + 0.9 for letters in columns)  # em
+        columns = longest_words(table)
+        # In em: half of one a letter, and the space between columns. STYLE breaks words of 60.
+        width = sum(0.5 * min(60, letters) + 0.9 for letters in columns)
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"
-            self.note(f"a table of {len(columns)} columns is set in small type, {size:.1f} pt")
+            self.note(
+                cell, f"a table of {len(columns)} columns is set in small type, {size:.1f} pt"
+            )
 
     # HTML to PDF
 
@@ -2009,14 +2010,14 @@ class TypstPDFExporter(HTMLExporter):
         """The PDF of all parts. What cannot be set is shown as source and noted."""
         self.set_formulas()
         parts = body + appendix
-        self.to_typst(parts)
-        content, problem = self.compile(document(body, appendix), "a-2b")
-        if content is None and "PDF/A" not in problem:
+        self.convert_parts(parts)
+        content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
+        if content is None and "PDF/A" not in problem:  # some part is no valid Typst
             self.repair(parts)
-            content, problem = self.compile(document(body, appendix), "a-2b")
-        if content is None:
+            content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
+        if content is None:  # letters lack glyphs, which only PDF/A asks for
             names = self.name_letters(problem, parts)
-            content, problem = self.compile(names + document(body, appendix))
+            content, problem = self.compile_typst(names + join_parts(body, appendix))
         if content is None:
             raise RuntimeError(f"Typst cannot set the notebook: {problem}")
         return content
@@ -2041,23 +2042,24 @@ class TypstPDFExporter(HTMLExporter):
 
     def show_source(self, formula: Formula) -> None:
         """Show a formula as it was typed."""
-        self.notes.append((formula.cell, f"formula {formula.tex[:70]} is shown as source"))
-        formula.typst = f"#raw({quoted(formula.tex)})"
+        self.note(formula.cell, f"formula {formula.tex[:70]} is shown as source")
+        formula.typst = f"#raw({typst_string(formula.tex)})"
 
-    def to_typst(self, parts: list[Part]) -> None:
+    def convert_parts(self, parts: list[Part]) -> None:
         """Fill in the Typst text of parts by one call of pandoc."""
         page = "<p>⟦end of part⟧</p>".join(str(part.page) for part in parts)
         texts = pandoc(page, "html-auto_identifiers").split("⟦end of part⟧")
         for part, text in zip(parts, texts, strict=True):
             part.typst = text
 
-    def compile(self, text: str, *standards: str) -> tuple[bytes | None, str]:
-        """PDF of Typst text and "", else None and why; PDF/A asks for a glyph of every letter."""
+    def compile_typst(self, text: str, *standards: str) -> tuple[bytes | None, str]:
+        """PDF of Typst text and "", else None and why."""
         text = re.sub(r"⟦formula (\d+)⟧", lambda found: self.formulas[int(found[1])].typst, text)
+        # Links may need labels that went with headings that are shown as source.
         wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
         there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
-        ends = "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
-        source = f"#set document(title: {quoted(self.title)})\n{STYLE}{text}{ends}"
+        labels = "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
+        source = f"#set document(title: {typst_string(self.title)})\n{STYLE}{text}{labels}"
         try:
             return self.compiler.compile(source.encode(), pdf_standards=list(standards)), ""
         except RuntimeError as error:
@@ -2066,31 +2068,30 @@ class TypstPDFExporter(HTMLExporter):
     def repair(self, parts: list[Part]) -> None:
         """Show as source what cannot be set: a formula, an image, else the whole part."""
         for part in parts:
-            if self.compile(part.typst)[0]:
+            if self.compile_typst(part.typst)[0]:
                 continue
-            self.cell = part.cell
             for number in re.findall(r"⟦formula (\d+)⟧", part.typst):
                 formula = self.formulas[int(number)]
-                if not self.compile(formula.typst)[0]:
+                if not self.compile_typst(formula.typst)[0]:
                     self.show_source(formula)
             for image in part.page("img"):
-                if not self.compile(f"#image({quoted(image['src'])})")[0]:
-                    self.replace(image, f"image {image['alt']}")
-            self.to_typst([part])
-            if not self.compile(part.typst)[0]:
-                self.note("shown as source, as it cannot be set")
-                part.typst = f"#raw({quoted(part.page.get_text())}, block: true)"
+                if not self.compile_typst(f"#image({typst_string(image['src'])})")[0]:
+                    self.replace(part.cell, image, f"image {image['alt']}")
+            self.convert_parts([part])
+            if not self.compile_typst(part.typst)[0]:
+                self.note(part.cell, "shown as source, as it cannot be set")
+                part.typst = f"#raw({typst_string(part.page.get_text())}, block: true)"
 
     def name_letters(self, problem: str, parts: list[Part]) -> str:
         """Note letters that no font has; Typst text that puts names in the place of symbols."""
         rules = ""
         for letters in dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem)):
-            self.cell = next((part.cell for part in parts if letters in part.typst), 1)
-            self.note(f"no font here has {letters}: install one")
+            cell = next((part.cell for part in parts if letters in part.typst), 1)
+            self.note(cell, f"no font here has {letters}: install one")
             for letter in letters:
                 if unicodedata.category(letter) == "So":
                     name = unicodedata.name(letter, "symbol").lower()
-                    rules += f"#show {quoted(letter)}: {quoted(f'[{name}]')}\n"
+                    rules += f"#show {typst_string(letter)}: {typst_string(f'[{name}]')}\n"
         return rules
 
 
@@ -2114,12 +2115,12 @@ def pandoc(text: str, source: str) -> str:
     return pypandoc.convert_text(text, "typst", source, ["--wrap=none", "--quiet", "--sandbox"])
 
 
-def quoted(text: str) -> str:
+def typst_string(text: str) -> str:
     """A string of Typst."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def document(body: list[Part], appendix: list[Part]) -> str:
+def join_parts(body: list[Part], appendix: list[Part]) -> str:
     """Typst text of all parts."""
     texts = [part.typst for part in body]
     if appendix:
@@ -2127,30 +2128,53 @@ def document(body: list[Part], appendix: list[Part]) -> str:
     return "\n".join(texts)
 
 
+def take_title(body: list[Part]) -> Tag:
+    """The first heading of level 1, taken out of its part; an empty page where there is none."""
+    for part in body:
+        if part.page.h1:
+            return part.page.h1.extract()
+    return BeautifulSoup("", "html.parser")
+
+
 def code_listing(code: str) -> str:
     """HTML of a cell's code; a first line "# @title words" becomes a heading."""
     code = code.strip("\n")
-    title = re.match(r"# ?@title *([^{\n]*).*\n?|", code)
-    heading = f"<h4>{html.escape(title[1])}</h4>" if title[1] else ""
-    code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code[title.end() :])
-    listing = f'<pre class="python"><code>{html.escape(code)}</code></pre>'
-    return heading + listing if code.strip() else ""
+    heading = ""
+    first, _, rest = code.partition("\n")
+    if first.startswith(("# @title", "#@title")):
+        title = first.partition("@title")[2].partition("{")[0]  # Colab's options follow in braces
+        heading = f"<h4>{escape(title.strip())}</h4>"
+        code = rest
+    if not code.strip():
+        return ""
+    code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code)
+    return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
 
 
 def output_listing(listing: Tag) -> str:
     """HTML of preformatted text; of long outputs only the beginning and the end."""
     lines = [line.rstrip() for line in listing.get_text().strip("\n").split("\n")]
-    if len(lines) > LONGEST_OUTPUT and listing.find_parent(class_="output"):
-        lines[26:-13] = [f"[… {len(lines) - 39} lines left out …]"]
-    text = html.escape("\n".join(lines))
+    left_out = len(lines) - FIRST_LINES - LAST_LINES
+    if left_out > 1 and listing.find_parent(class_="output"):
+        lines[FIRST_LINES:-LAST_LINES] = [f"[… {left_out} lines left out …]"]
+    text = escape("\n".join(lines))
     return f"<pre><code>{text}</code></pre>" if text.strip() else ""
+
+
+def longest_words(table: Tag) -> list[int]:
+    """Letters of the longest word in each column of a table."""
+    rows = []
+    for row in table("tr"):
+        cells = [cell.get_text().split() for cell in row(["td", "th"])]
+        rows.append([max(map(len, words), default=0) for words in cells])
+    return [max(column) for column in itertools.zip_longest(*rows, fillvalue=0)]
 
 
 def figure_html(kind: str, content: str, caption: str) -> str:
     """HTML of an output's image: SVG as text, others as base64."""
     if kind == "image/svg+xml":
         content = base64.b64encode(content.encode()).decode()
-    words = html.escape(caption)
+    words = escape(caption)
     image = f'<img alt="{words}" src="data:{kind};base64,{content}">'
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
 
@@ -2158,17 +2182,19 @@ def figure_html(kind: str, content: str, caption: str) -> str:
 def mend_links(pages: list[BeautifulSoup]) -> None:
     """Let links lead to headings; of broken and very long ones only the words stay."""
     ids = {}
-    for heading in (tag for page in pages for tag in page(re.compile(r"^h[1-6]$"))):
-        heading["id"] = f"section-{len(ids)}"
-        ids.setdefault(slug(heading.get_text()), heading["id"])
-    for link in (tag for page in pages for tag in page("a")):
-        address = link.get("href", "")
-        if address.startswith("#"):
-            address = "#" + ids.get(slug(address), "")
-        if 1 < len(address) <= LONGEST_LINK:
-            link.attrs = {"href": address}
-        else:
-            link.unwrap()
+    for page in pages:
+        for heading in page(re.compile(r"^h[1-6]$")):
+            heading["id"] = f"section-{len(ids)}"
+            ids.setdefault(slug(heading.get_text()), heading["id"])
+    for page in pages:
+        for link in page("a"):
+            address = link.get("href", "")
+            if address.startswith("#"):
+                address = "#" + ids.get(slug(address), "")
+            if 1 < len(address) <= LONGEST_LINK:
+                link.attrs = {"href": address}
+            else:
+                link.unwrap()
 
 
 def slug(heading: str) -> str:
@@ -2176,13 +2202,19 @@ def slug(heading: str) -> str:
     return re.sub(r"[\W_]+", "-", unquote(heading)).strip("-").lower()
 
 
-def has(cell: NotebookNode, sentence: str) -> bool:
+def contains_sentence(cell: NotebookNode, sentence: str) -> bool:
     """Whether a text cell holds a sentence, whatever its emphasis and line breaks."""
-    text, words = (" ".join(re.sub(r"[*_`]", "", t).split()) for t in (cell.source, sentence))
-    return cell.cell_type == "markdown" and words.rstrip(".") in text
+    if cell.cell_type != "markdown":
+        return False
+    return plain_words(sentence).rstrip(".") in plain_words(cell.source)
 
 
-def assigned(source: str) -> dict[str, str]:
+def plain_words(text: str) -> str:
+    """Markdown without emphasis and line breaks."""
+    return " ".join(re.sub(r"[*_`]", "", text).split())
+
+
+def assigned_values(source: str) -> dict[str, str]:
     """Names and their values, as HTML, of a cell of plain assignments; {} if it is no Python."""
     values = {}
     with suppress(SyntaxError):
@@ -2190,13 +2222,15 @@ def assigned(source: str) -> dict[str, str]:
             with suppress(ValueError, AttributeError):  # no constant, no assignment
                 value = ast.literal_eval(node.value)
                 text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-                values[ast.unparse(node.targets)] = html.escape(text.strip())
+                values[ast.unparse(node.targets)] = escape(text.strip())
     return values
 
 
 def with_all_fields(nb: NotebookNode) -> NotebookNode:
     """A copy of a notebook with the fields that some lack, and its name cell tagged."""
-    nb = NotebookNode({"metadata": {}, "cells": []} | copy.deepcopy(nb))
+    nb = NotebookNode(copy.deepcopy(nb))
+    nb.setdefault("metadata", {})
+    nb.setdefault("cells", [])
     for cell in nb.cells:
         cell.metadata = NotebookNode(cell.get("metadata") or {})
         cell.metadata.tags = list(cell.metadata.get("tags") or [])
@@ -2211,7 +2245,7 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
 
 
 def with_output_fields(output: NotebookNode) -> NotebookNode:
-    """An output with the fields that some lack."""
+    """An output with the fields that some lack or leave empty."""
     words = f"{output.get('ename')}: {output.get('evalue')}"
     of_kind = {"stream": {"name": "stdout", "text": ""}, "error": {"traceback": [words]}}
     fields = of_kind.get(output.output_type, {"data": {}, "metadata": {}})
@@ -2224,8 +2258,9 @@ def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[st
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
     to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
     """
-    path, nb = (not notebook and colab_notebook()) or saved_notebook(notebook)
-    pdf = Path(pdf or path).with_suffix(".pdf")
+    found = None if notebook else colab_notebook()
+    path, nb = found or saved_notebook(notebook)
+    pdf = pdf or path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
     write_atomically(pdf, lambda file: file.write_bytes(content))
@@ -2251,7 +2286,7 @@ def colab_notebook() -> tuple[Path, NotebookNode] | None:
         colab = import_module("google.colab._message")
         nb = colab.blocking_request("get_ipynb", timeout_sec=60)["ipynb"]
         name = nb["metadata"].get("colab", {}).get("name", "assignment3.ipynb")
-        return Path(name), nbformat.reads(json.dumps(nb), as_version=4)
+        return Path(name.replace("/", "-")), nbformat.reads(json.dumps(nb), as_version=4)
     return None
 
 
@@ -2263,11 +2298,10 @@ def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
             vars(sys.modules["__main__"]).get("__vsc_ipynb_file__"),
             os.getenv("JPY_SESSION_NAME"),
         ]
-        files = [
-            *(name for name in known if name and Path(name).is_file()),
-            *here[: len(here) == 1],
-        ]
-        path = next(map(Path, files), None)
+        files = [Path(name) for name in known if name and Path(name).is_file()]
+        if not files and len(here) == 1:
+            files = here
+        path = files[0] if files else None
     if not path:
         raise FileNotFoundError(
             f"Which of {[file.name for file in here]} is this notebook? Save it, then call "

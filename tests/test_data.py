@@ -205,7 +205,7 @@ def test_all_of_real_svhn_is_that_of_the_official_files(shared, monkeypatch):
     # The first 601 official crops are here in the official format; ours were cut again.
     path = shared / "SVHN_subset" / "train_first601.mat"
     monkeypatch.setitem(utils.SHA256, path.name, utils.file_sha256(path))
-    official, ours = utils.decode_mat([path]), data.train.first(601)
+    official, ours = utils.decode_mat(path), data.train.first(601)
     assert torch.equal(official.labels, ours.labels)
     assert (official.images.int() - ours.images.int()).abs().max() <= 4
 

@@ -20,7 +20,7 @@ def shown(monkeypatch):
         outputs.append((data, metadata))
 
     monkeypatch.setattr(utils, "display", display)
-    monkeypatch.setattr(utils, "get_ipython", lambda: "a shell")
+    monkeypatch.setattr(utils, "in_kernel", lambda: True)
     return outputs
 
 
@@ -103,9 +103,8 @@ def test_claims_are_shown_with_what_became_of_them(shown):
 
 
 def test_a_script_prints_the_plain_texts(capsys):
-    utils.show_markdown("**Two** words")
     utils.show_figure(make_figure(), 4, "line", "A line.")
     utils.show_table(pd.DataFrame({"part": ["1 (b)"]}), 1, "Answers.")
     assert capsys.readouterr().out.splitlines() == [
-        *["**Two** words", "Figure 4. A line.", "Table 1. Answers.", " part", "1 (b)"]
+        *["Figure 4. A line.", "Table 1. Answers.", " part", "1 (b)"]
     ]

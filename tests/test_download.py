@@ -145,7 +145,7 @@ def names(folder):
 def test_a_file_is_fetched_once_checked_and_kept(path, server, capfd):
     server.routes["/g"] = BODY
     for _ in range(2):
-        assert utils.download_weights([f"{server.url}/g"], path, SHA).read_bytes() == BODY
+        assert utils.download_once([f"{server.url}/g"], path, SHA).read_bytes() == BODY
     assert server.hits == ["/g"]
     assert names(path.parent) == ["g.pth"]
     assert socket.getdefaulttimeout() is None
@@ -162,7 +162,7 @@ def test_a_cut_or_changed_file_is_tried_again(fault, path, server):
         "wrong": sends(BODY[:-1] + b"!"),
     }[fault]
     server.routes["/g"] = first_time(bad, sends(BODY))
-    utils.download_weights([f"{server.url}/g"], path, SHA)
+    utils.download_once([f"{server.url}/g"], path, SHA)
     assert path.read_bytes() == BODY
     assert server.hits == ["/g", "/g"]
     assert names(path.parent) == ["g.pth"]
@@ -182,7 +182,7 @@ def test_a_cut_or_changed_file_is_tried_again(fault, path, server):
 def test_a_bad_address_is_told_and_the_next_one_serves(fault, says, path, server):
     server.routes |= {"/bad": fault, "/good": BODY}
     with pytest.raises(utils.DataError) as caught:
-        utils.download_weights([f"{server.url}/bad", f"{NOWHERE}/g"], path, SHA)
+        utils.download_once([f"{server.url}/bad", f"{NOWHERE}/g"], path, SHA)
     message = str(caught.value)
     assert message.startswith("g.pth could not be downloaded.\nTried:\n")
     assert says in message
@@ -190,7 +190,7 @@ def test_a_bad_address_is_told_and_the_next_one_serves(fault, says, path, server
     assert "Connection refused" in message
     assert f"save the file as {path} (sha256 {SHA}" in message
     assert names(path.parent) == []  # nothing half-written
-    utils.download_weights([f"{server.url}/bad", f"{server.url}/good"], path, SHA)
+    utils.download_once([f"{server.url}/bad", f"{server.url}/good"], path, SHA)
     assert path.read_bytes() == BODY
 
 
@@ -201,7 +201,7 @@ def test_nothing_half_written_ever_has_the_true_name(path, server):
 
     def download():
         with contextlib.suppress(utils.DataError):
-            utils.download_weights([f"{server.url}/g"], path, SHA)
+            utils.download_once([f"{server.url}/g"], path, SHA)
 
     worker = threading.Thread(target=download)
     worker.start()
@@ -219,7 +219,7 @@ def test_nothing_half_written_ever_has_the_true_name(path, server):
 def test_each_address_has_its_full_time_and_no_more(path, server, silent):
     server.routes["/g"] = slow(BODY, 0.3)
     start = time.monotonic()
-    utils.download_weights([f"{silent}/g", f"{server.url}/g"], path, SHA)
+    utils.download_once([f"{silent}/g", f"{server.url}/g"], path, SHA)
     assert utils.TIMEOUT < time.monotonic() - start < 5
 
 
@@ -227,7 +227,7 @@ def test_a_name_server_that_says_nothing_is_given_up(path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3) or [])
     start = time.monotonic()
     with pytest.raises(utils.DataError, match="silent for"):
-        utils.download_weights(["https://nowhere.invalid/g"], path, SHA)
+        utils.download_once(["https://nowhere.invalid/g"], path, SHA)
     assert time.monotonic() - start < 2.5
 
 
@@ -253,18 +253,17 @@ def test_a_client_with_certificates_of_its_own_is_tried_where_urllib_has_none(mo
         raise urllib.error.URLError(problem)
 
     monkeypatch.setattr(utils.urllib.request, "urlopen", urlopen)
-    assert utils.fetch_first("SVHN", {"https://hub/f": lambda url: f"{url}, read"}, "?") == (
-        "https://hub/f, read"
-    )
+    sources = [("https://hub/f", lambda: "read")]
+    assert utils.fetch_first("SVHN", sources, "?") == "read"
     with pytest.raises(
         utils.DataError, match=r"What to do: save it; .*certificates.*SSL_CERT_FILE"
     ):
-        utils.fetch_first("SVHN", {"https://hub/f": urlopen}, "save it")
+        utils.fetch_first("SVHN", [("https://hub/f", urlopen)], "save it")
 
 
 def test_what_to_do_names_certificates_only_where_they_are_the_trouble():
     with pytest.raises(utils.DataError) as caught:
-        utils.fetch_first("SVHN", {NOWHERE: str}, "run again", tried=["data/svhn: no such file"])
+        utils.fetch_first("SVHN", [(NOWHERE, str)], "run again", ["data/svhn: no such file"])
     assert "certificate" not in str(caught.value)
     assert "\n- data/svhn: no such file\n" in str(caught.value)
 

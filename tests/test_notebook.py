@@ -233,6 +233,13 @@ def test_the_readme_shows_the_answers_of_the_run(committed, results):
     assert tool.readme_with(tool.answers(committed), results) == readme
 
 
+def test_the_time_of_every_stage_is_known(committed):
+    cells = [cell for cell in tool.code_cells(committed) if "helper-module" not in tool.tags(cell)]
+    titles = {found for cell in cells for found in re.findall(r'title="(1 .*?)"', cell.source)}
+    for profile in ("full", "short"):  # g is trained only where no weights can be had
+        assert utils.STAGE_MINUTES[profile].keys() - {"all else"} == titles - {"1 (e) g"}
+
+
 # ---- its definitions ----
 
 

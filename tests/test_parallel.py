@@ -62,9 +62,10 @@ def sleep(seconds):
     return seconds
 
 
-def message_of(tasks, **options):
+def message_of(tasks, jobs):
+    os.environ["A3_JOBS"] = str(jobs)
     try:
-        utils.run_parallel(tasks, title="step", **options)
+        utils.run_parallel(tasks, title="stage", epochs=1)
     except RuntimeError as error:
         return str(error)
 """
@@ -78,9 +79,9 @@ def test_a_script_gets_the_same_numbers_from_any_number_of_jobs_and_sees_stored_
         tasks = {("noise", seed): partial(train_and_name_process, seed) for seed in range(3)}
         made = {}
         for jobs in (1, 2):
-            os.environ["A3_RUNS"] = f"runs{jobs}"
+            os.environ |= {"A3_RUNS": f"runs{jobs}", "A3_JOBS": str(jobs)}
             utils.start_run("tiny", "noise")
-            made[jobs] = utils.run_parallel(tasks, title="step", epochs=3, jobs=jobs)
+            made[jobs] = utils.run_parallel(tasks, title="stage", epochs=3)
             assert utils.stored_trainings() == []
         assert list(made[1]) == list(made[2]) == list(tasks)
         for (one, rows, process, threads), (two, others, worker, fewer) in zip(
@@ -90,20 +91,20 @@ def test_a_script_gets_the_same_numbers_from_any_number_of_jobs_and_sees_stored_
             assert rows == others and len(rows) == 3
             assert process == os.getpid() != worker and threads == fewer == 1
         for jobs in (2, 1):  # a key is the same here and in a worker
-            os.environ["A3_RUNS"] = f"runs{3 - jobs}"
+            os.environ |= {"A3_RUNS": f"runs{3 - jobs}", "A3_JOBS": str(jobs)}
             utils.start_run("tiny", "noise")
-            utils.run_parallel(tasks, title="again", epochs=3, jobs=jobs)
+            utils.run_parallel(tasks, title="again", epochs=3)
             assert len(utils.stored_trainings()) == 3
         """,
     )
-    stored = "3 of them stored: delete the folder runs1 to train again"
-    assert said.count("step: 3 trainings in ") == 2 and stored in said
+    stored = "3 of them stored: delete the .pt files in runs1 to train again"
+    assert said.count("stage: 3 trainings in ") == 2 and stored in said
     assert "Profile tiny, on noise: " in said
     assert not list(tmp_path.glob("a3-*"))
 
 
 @pytest.mark.slow
-def test_errors_name_the_task_and_leave_the_next_step_working(tmp_path):
+def test_errors_name_the_task_and_leave_the_next_stage_working(tmp_path):
     said = run_script(
         tmp_path,
         """
@@ -111,7 +112,8 @@ def test_errors_name_the_task_and_leave_the_next_step_working(tmp_path):
         for jobs in (1, 2):
             print(message_of({("SVHN", "seed 1"): fail} | others, jobs=jobs))
         print(message_of({("SVHN", "seed 2"): kill} | others, jobs=2))
-        print(utils.run_parallel({n: partial(sleep, n / 10) for n in range(3)}, title="x", jobs=2))
+        tasks = {n: partial(sleep, n / 10) for n in range(3)}
+        print(utils.run_parallel(tasks, title="x", epochs=1))
         """,
     )
     assert said.count("SVHN, seed 1: ValueError: no such digit") == 2
@@ -120,16 +122,18 @@ def test_errors_name_the_task_and_leave_the_next_step_working(tmp_path):
     assert not list(tmp_path.glob("a3-*"))
 
 
-def test_in_this_process_order_errors_and_threads():
+def test_in_this_process_order_errors_and_threads(monkeypatch):
+    monkeypatch.setenv("A3_JOBS", "1")
     torch.set_num_threads(2)
     try:
         tasks = {"b": torch.get_num_threads, "a": lambda: 7}
-        made = utils.run_parallel(tasks, title="step", jobs=1)
+        made = utils.run_parallel(tasks, title="stage", epochs=1)
         assert list(made.items()) == [("b", 1), ("a", 7)]
         with pytest.raises(RuntimeError, match="second: ZeroDivisionError"):
-            utils.run_parallel({"first": int, "second": lambda: 1 / 0}, title="step", jobs=1)
+            tasks = {"first": int, "second": lambda: 1 / 0}
+            utils.run_parallel(tasks, title="stage", epochs=1)
         assert torch.get_num_threads() == 2
-        assert utils.run_parallel({}, title="step") == {}
+        assert utils.run_parallel({}, title="stage", epochs=1) == {}
     finally:
         torch.set_num_threads(1)
 
@@ -138,14 +142,15 @@ def test_in_this_process_order_errors_and_threads():
 
 
 @pytest.mark.slow
-def test_in_a_notebook_one_line_stays_of_a_step():
-    setup = f"{SETUP}\nutils.STEP_MINUTES['tiny'] = {{'step': 1, 'other': 9}}"
+def test_in_a_notebook_one_line_stays_of_a_stage():
+    setup = f"{SETUP}\nutils.STAGE_MINUTES['tiny'] = {{'stage': 1, 'other': 9}}"
     cells = [
         setup,
         "utils.start_run('tiny', 'noise')",
         "tasks = {n: partial(train_and_name_process, n) for n in range(2)}\n"
-        "made = utils.run_parallel(tasks, title='step', epochs=3, jobs=2)",
-        "made = utils.run_parallel(tasks, title='step', epochs=3, jobs=1)",
+        "os.environ['A3_JOBS'] = '2'\n"
+        "made = utils.run_parallel(tasks, title='stage', epochs=3)",
+        "os.environ['A3_JOBS'] = '1'\nmade = utils.run_parallel(tasks, title='stage', epochs=3)",
     ]
     cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -155,12 +160,12 @@ def test_in_a_notebook_one_line_stays_of_a_step():
         (output,) = cell.outputs
         lines.append(output.data["text/plain"])
     assert "The whole run takes about " in lines[0]
-    assert lines[1].startswith("step: 2 trainings in ") and "stored" not in lines[1]
-    assert "2 of them stored: delete the folder" in lines[2]
+    assert lines[1].startswith("stage: 2 trainings in ") and "stored" not in lines[1]
+    assert "2 of them stored: delete the .pt files in" in lines[2]
 
 
-def test_the_time_of_the_run_is_told_once_from_the_ratio_of_its_steps(monkeypatch, capsys):
-    monkeypatch.setitem(utils.STEP_MINUTES, "tiny", {"a": 2.0, "b": 6.0, "c": 2.0})
+def test_the_time_of_the_run_is_told_once_from_the_ratio_of_its_stages(monkeypatch, capsys):
+    monkeypatch.setitem(utils.STAGE_MINUTES, "tiny", {"a": 2.0, "b": 6.0, "c": 2.0})
     utils.start_run("tiny", "noise")
     utils.tell_time("unknown", 60)
     utils.tell_time("b", 300)
@@ -174,24 +179,25 @@ def test_the_time_of_the_run_is_told_once_from_the_ratio_of_its_steps(monkeypatc
     assert "whole run" not in capsys.readouterr().out
 
 
-def test_the_time_of_a_step_comes_from_its_first_epochs(monkeypatch, tmp_path):
+def test_the_time_of_a_stage_comes_from_its_first_epochs(monkeypatch, tmp_path):
     """Five seconds to start the workers, then two seconds an epoch of a hundred."""
     told = []
     clock = [0.0]
     monkeypatch.setattr(utils.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(utils, "tell_time", lambda title, seconds: told.append(seconds))
-    step = utils.StepDisplay("step", 100, tmp_path)
+    stage = utils.StageDisplay("stage", 100, tmp_path)
     for epochs in range(14):
         clock[0] = 5 + 2 * epochs
-        step.estimate(epochs)
+        stage.estimate(epochs)
     assert told and told[0] == pytest.approx(205, abs=3)
 
 
-def test_the_line_of_a_step_names_the_seconds_of_results(capsys):
+def test_the_line_of_a_stage_names_the_seconds_of_results(monkeypatch, capsys):
+    monkeypatch.setenv("A3_JOBS", "1")
     utils.start_run("tiny", "noise")
-    utils.run_parallel({"a": partial(time.sleep, 0.2)}, title="1 (b)", jobs=1)
+    utils.run_parallel({"a": partial(time.sleep, 0.2)}, title="1 (b)", epochs=1)
     assert "1 (b): 1 training in 0 s\n" in capsys.readouterr().out
-    assert utils.step_seconds()["1 (b)"] >= 0.2
+    assert utils.stage_seconds()["1 (b)"] >= 0.2
 
 
 # ---- how many at once ----
@@ -244,10 +250,21 @@ def test_jobs_follow_the_smallest_of_machine_and_groups(monkeypatch, tmp_path):
     tight = {"memory.limit_in_bytes": f"{2 * GB + GB // 5}"}
     write_group(tmp_path / "memory" / "outer" / "inner", VERSION_1 | tight)
     assert utils.n_jobs() == 1
+
+
+def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
+    monkeypatch.setattr(utils, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(utils, "free_memory", lambda: pytest.fail("measured the memory"))
+    assert utils.n_jobs() == 1
     monkeypatch.setenv("A3_JOBS", "3")
     assert utils.n_jobs() == 3
-    monkeypatch.setattr(utils, "default_device", lambda: torch.device("cuda"))
-    assert utils.n_jobs() == 1
+    monkeypatch.setenv("A3_JOBS", "abc")
+    with pytest.raises(ValueError, match="A3_JOBS='abc'"):
+        utils.n_jobs()
+
+
+def test_a_vanished_temporary_folder_costs_no_run(tmp_path):
+    assert utils.epoch_marks(tmp_path / "gone") == []
 
 
 def test_progress_goes_into_a_file_of_the_task(tmp_path):

@@ -121,6 +121,11 @@ def test_links_lead_to_headings_and_the_words_of_broken_and_long_ones_stay():
     assert len(pdf.links) == 3
 
 
+def test_only_the_first_heading_becomes_the_title():
+    text = export(md("# First\none"), md("# Second\ntwo")).text
+    assert text.index("First") < text.index("one") < text.index("Second") < text.index("two")
+
+
 def test_what_cannot_be_shown_is_named():
     sources = [
         "![words](gone.png)",
@@ -382,8 +387,9 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     utils.export_pdf()
     assert "words of the copy" in text_of(copy.with_suffix(".pdf"))
     monkeypatch.setattr(sys.modules["__main__"], "__vsc_ipynb_file__", str(one), raising=False)
-    utils.export_pdf(pdf=tmp_path / "new" / "out.pdf")
-    assert "words of one" in text_of(tmp_path / "new" / "out.pdf")
+    wanted = tmp_path / "new" / "hand-in v1.2"  # a name that is given stays as it is
+    utils.export_pdf(pdf=wanted)
+    assert "words of one" in text_of(wanted)
     with pytest.raises(FileNotFoundError, match=r"gone\.ipynb"):
         utils.export_pdf(tmp_path / "gone.ipynb")
 
@@ -414,15 +420,16 @@ def refuse(path: str) -> None:
     raise RuntimeError("no browser")
 
 
-def test_colab_gives_the_open_notebook_and_takes_the_pdf(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "pdf"), [("mine.ipynb", "mine.pdf"), ("hw/draft v1.2", "hw-draft v1.2.pdf")]
+)
+def test_colab_gives_the_open_notebook_and_takes_the_pdf(name, pdf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    nb = json.loads(notebook(md("words in Colab"))) | {
-        "metadata": {"colab": {"name": "mine.ipynb"}}
-    }
+    nb = json.loads(notebook(md("words in Colab"))) | {"metadata": {"colab": {"name": name}}}
     offered = []
     pretend_colab(monkeypatch, {"ipynb": nb}, offered.append, "google.colab._shell")
     utils.export_pdf()
-    assert offered == ["mine.pdf"] and "words in Colab" in text_of(tmp_path / "mine.pdf")
+    assert offered == [pdf] and "words in Colab" in text_of(tmp_path / pdf)
 
 
 @pytest.mark.parametrize("kernel", ["google.colab._shell", "ipykernel.zmqshell"])

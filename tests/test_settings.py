@@ -21,13 +21,13 @@ def test_a_setting_has_a_default_and_an_unknown_value_lists_the_valid_ones(name,
 
 def test_jobs_are_a_whole_number_from_one_or_not_set(monkeypatch):
     monkeypatch.delenv("A3_JOBS", raising=False)
-    assert utils.setting_jobs() is None
+    assert utils.jobs_setting() is None
     monkeypatch.setenv("A3_JOBS", "3")
-    assert utils.setting_jobs() == 3
+    assert utils.jobs_setting() == 3
     for wrong in ("0", "-1", "1.5", "two"):
         monkeypatch.setenv("A3_JOBS", wrong)
         with pytest.raises(ValueError, match="A3_JOBS"):
-            utils.setting_jobs()
+            utils.jobs_setting()
 
 
 def test_the_profile_is_full_only_when_every_set_is_real(monkeypatch):
@@ -51,6 +51,12 @@ def test_precision_is_what_was_asked_for(monkeypatch):
     assert utils.precision(torch.device("cuda")) == torch.float16
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         utils.precision(CPU)
+
+
+def test_the_flags_of_the_processor_are_read_once(monkeypatch):
+    known = utils.cpu_has_fast_bf16()
+    monkeypatch.setattr(utils.Path, "read_text", lambda *_, **__: pytest.fail("read again"))
+    assert utils.cpu_has_fast_bf16() == known
 
 
 def test_the_machine_is_described_by_the_cores_that_may_be_used(monkeypatch):
