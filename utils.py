@@ -1020,7 +1020,7 @@ def fit(
     history = checkpointer.load()
     if history:
         _run.stored.append(plan.name)
-        _progress.advance(len(history), stored=True)
+        _progress.advance(len(history), STORED)
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
         seed_everything(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
@@ -1371,12 +1371,11 @@ class Progress:
         self.file = file
         self.epochs_left = epochs
 
-    def advance(self, count: int, stored: bool = False) -> None:
+    def advance(self, count: int, mark: bytes = TRAINED) -> None:
         count = min(count, self.epochs_left)
         if self.file is None or count == 0:
             return
         self.epochs_left -= count
-        mark = STORED if stored else TRAINED
         with suppress(OSError), self.file.open("ab") as file:
             file.write(mark * count)
 
@@ -1389,10 +1388,7 @@ _progress = Progress()  # of the task that this process works on
 
 
 def run_parallel(
-    tasks: dict[Hashable, Callable[[], Result]],
-    *,
-    title: str,
-    epochs: int,
+    tasks: dict[Hashable, Callable[[], Result]], *, title: str, epochs: int
 ) -> dict[Hashable, Result]:
     """Run independent trainings, `n_jobs` at a time, one thread each.
 
@@ -2000,9 +1996,7 @@ class TypstPDFExporter(HTMLExporter):
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"
-            self.note(
-                cell, f"a table of {len(columns)} columns is set in small type, {size:.1f} pt"
-            )
+            self.note(cell, f"a table of {len(columns)} columns is set small, in {size:.1f} pt")
 
     # HTML to PDF
 

@@ -271,7 +271,7 @@ def test_progress_goes_into_a_file_of_the_task(tmp_path):
     progress = utils.Progress()
     progress.advance(1)  # no task: nothing to do
     progress.start(tmp_path / "0", 5)
-    progress.advance(2, stored=True)
+    progress.advance(2, utils.STORED)
     progress.advance(1)
     assert (tmp_path / "0").read_bytes() == b"sst"
     progress.finish()  # a task without epochs of its own counts as all of them
