@@ -124,7 +124,8 @@ def test_worker_processes_print_nothing_when_a_run_ends(project, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_an_interrupted_run_names_the_cell_and_is_kept(project):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_names_the_cell_and_is_kept(project, signum):
     (project / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "notebook.py", project / "tools")
     waiting = CHILD + "print('waiting', flush=True)\nchild.wait()"
@@ -134,7 +135,7 @@ def test_an_interrupted_run_names_the_cell_and_is_kept(project):
     with subprocess.Popen(command, cwd=project, **pipes) as process:
         while process.stdout.readline() != "waiting\n":
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.startswith("Cell [2] () failed: KeyboardInterrupt\nThe run so far is in ")

@@ -259,7 +259,7 @@ class QuietKernelManager(AsyncKernelManager):
 class StreamingClient(nbclient.NotebookClient):
     """Shows what cells print while they run, and displays of plain text that change.
 
-    An interrupt (Ctrl-C) stops the cell that runs, as a notebook's stop button does.
+    Ctrl-C, or SIGTERM, stops the cell that runs, as a notebook's stop button does.
     """
 
     def __init__(self, notebook: NotebookNode, console: Console, **settings: Any):
@@ -274,7 +274,7 @@ class StreamingClient(nbclient.NotebookClient):
         self.last_display = ""
 
     def pass_on_interrupts(self, notebook: NotebookNode) -> None:
-        """From now on, interrupt the kernel when this process is interrupted.
+        """From now on, interrupt the kernel when this process is interrupted or told to end.
 
         nbclient would end the kernel, twice at once, and stop with a traceback. The kernel's
         workers get no interrupt: the cell that started them ends them.
@@ -283,8 +283,10 @@ class StreamingClient(nbclient.NotebookClient):
         def interrupt() -> None:
             os.kill(self.km.provisioner.pid, signal.SIGINT)
 
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # on Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+            loop.add_signal_handler(signal.SIGTERM, interrupt)
 
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> Any:
         """Show a message of the kernel, then let nbclient put it into the notebook."""
