@@ -1,5 +1,7 @@
-# make        the whole notebook, its PDF and the table of answers, in build/
-# make test   all tests, the notebook's smoke run included
+# make             the whole notebook, its PDF and the table of answers, in build/
+# make test        lint and all tests, a run of the whole notebook on tiny data included
+# make fast-test   the tests that take no more than seconds each
+# Every target but clean sets up .venv first, with the packages of requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

@@ -1,4 +1,5 @@
 """What replaces the network in a clone: stand-ins for both data sets, and trained weights.
 
-Nothing here imports the rest of the project; `training/` holds the scripts that made the weights.
+These modules import nothing else of the project. The scripts in `training/`, which made the
+weights, do.
 """

@@ -20,7 +20,8 @@ from torch import Tensor
 
 # A face is a font file of matplotlib's mpl-data/fonts/ttf and its glyphs for 0..9, a bare "1" (I)
 # and a flat-topped "3" (the letter ezh, where the font has one).
-_PLAIN, _EZH = "0123456789I3", "0123456789I\u01b7"
+_PLAIN = "0123456789I3"
+_EZH = "0123456789I\u01b7"
 _STIX_SANS = "".join(chr(0x1D7E2 + i) for i in range(10)) + chr(0x1D5A8) + chr(0x1D7E5)
 _STIX_SANS_BOLD = "".join(chr(0x1D7EC + i) for i in range(10)) + chr(0x1D5DC) + chr(0x1D7EF)
 _STIX_MONO = "".join(chr(0x1D7F6 + i) for i in range(10)) + chr(0x1D678) + chr(0x1D7F9)
@@ -50,8 +51,9 @@ FONT_FAMILIES = {
 NUMBER_LENGTHS = (0.08, 0.42, 0.34, 0.16)  # digits that belong to numbers of 1, 2, 3, 4 digits
 
 _SIZE = 32  # pixels of a crop's side
-_CANVAS, _HALF = 64, 0.8  # a glyph's field: 64 x 64 samples over +-0.8 digit heights
-_CHUNK = 250
+_FIELD_SAMPLES = 64  # along each side of a glyph's distance field
+_FIELD_REACH = 0.8  # digit heights from a field's center to its sides
+_CHUNK = 250  # crops rendered at once
 
 
 @functools.cache
@@ -67,7 +69,8 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / filename
     font = ImageFont.truetype(str(path), 200)
-    side, height = 2 * _CANVAS, _CANVAS / _HALF  # draw at twice the field's resolution
+    side = 2 * _FIELD_SAMPLES  # draw at twice the field's resolution
+    height = _FIELD_SAMPLES / _FIELD_REACH  # of a digit, in drawn pixels
     fields, half_widths, strokes = [], [], []
     for character in characters:
         left, top, right, bottom = font.getbbox(character)
@@ -78,6 +81,7 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
         canvas = Image.new("L", (side, side), 0)
         corner = ((side - width) // 2, round((side - height) / 2))
         canvas.paste(ink.resize((width, round(height)), Image.Resampling.LANCZOS), corner)
+
         inside = np.asarray(canvas) > 127
         distance = distance_transform_edt(inside) - distance_transform_edt(~inside)
         field = torch.from_numpy(distance / height).float()
@@ -89,10 +93,12 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
 
 
 def _uniform(rng: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Numbers drawn evenly from low to high."""
     return torch.empty(shape).uniform_(low, high, generator=rng)
 
 
 def _normal(rng: torch.Generator, std: float, *shape: int) -> Tensor:
+    """Normal numbers around 0 with the standard deviation `std`."""
     return torch.empty(shape).normal_(0.0, std, generator=rng)
 
 
@@ -143,30 +149,50 @@ def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor
     n = len(labels)
     share = torch.tensor(NUMBER_LENGTHS)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
-    position = (torch.rand(n, generator=rng) * length).long()
-    place = position[:, None] + torch.arange(-2, 3)
+    target_place = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
+    places = target_place[:, None] + torch.arange(-2, 3)
     digits = torch.randint(0, 10, (n, 5), generator=rng)
     digits[:, 2] = labels
     digits[(digits == 1) & (torch.rand(n, 5, generator=rng) < 0.25)] = 10  # a bare stroke
     digits[(digits == 3) & (torch.rand(n, 5, generator=rng) < 0.15)] = 11  # a flat top
-    return digits, (place >= 0) & (place < length[:, None])
+    exists = (places >= 0) & (places < length[:, None])
+    return digits, exists
 
 
-def _choose_faces(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All glyph fields (faces x 12 x 64 x 64), half widths (faces x 12), stroke half widths
-    (faces), and the face of each crop (n)."""
-    faces = [(i, face) for i, family in enumerate(FONT_FAMILIES.values()) for face in family]
-    fields, half_widths, strokes = zip(*(_glyph_fields(*face) for _, face in faces), strict=True)
-    family_of = torch.tensor([i for i, _ in faces])
-    share = 1.0 / torch.bincount(family_of)[family_of].float().sqrt()  # small families count too
-    face = torch.multinomial(share, n, replacement=True, generator=rng)
-    return torch.stack(fields), torch.stack(half_widths), torch.tensor(strokes), face
+class _Faces(NamedTuple):
+    """The glyphs of all faces, and the face of each crop."""
+
+    fields: Tensor  # faces x 12 x 64 x 64, as of _glyph_fields
+    half_widths: Tensor  # faces x 12, in digit heights
+    strokes: Tensor  # faces, half of a stroke's width, in digit heights
+    chosen: Tensor  # n, the face of each crop
 
 
-def _place_digits(
-    rng: torch.Generator, half: Tensor, exists: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centers of the five places (u and v, n x 5 each), the number's ends on u (n x 1 x 1 each)."""
+def _choose_faces(rng: torch.Generator, n: int) -> _Faces:
+    """All faces, and one of them for each crop; a family of few faces is chosen often too."""
+    family_of, glyphs = [], []
+    for number, family in enumerate(FONT_FAMILIES.values()):
+        for face in family:
+            family_of.append(number)
+            glyphs.append(_glyph_fields(*face))
+    fields, half_widths, strokes = zip(*glyphs, strict=True)
+    family_size = torch.bincount(torch.tensor(family_of))[family_of]
+    share = 1.0 / family_size.float().sqrt()
+    chosen = torch.multinomial(share, n, replacement=True, generator=rng)
+    return _Faces(torch.stack(fields), torch.stack(half_widths), torch.tensor(strokes), chosen)
+
+
+class _Places(NamedTuple):
+    """Where the five digits of each crop stand on the sign, in digit heights."""
+
+    center: Tensor  # n x 5, on u
+    drop: Tensor  # n x 5, on v: how much lower than the target
+    left: Tensor  # n x 1 x 1, where the number begins on u
+    right: Tensor  # n x 1 x 1, where it ends
+
+
+def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places:
+    """The five places around the target, for digits of the half widths `half` (n x 5)."""
     n = len(half)
     gap = _uniform(rng, -0.02, 0.2, n, 1) + 0.1 * _normal(rng, 1.0, n, 1).clamp(min=0)
     step = half[:, :-1] + half[:, 1:] + gap  # between neighboring centers
@@ -178,9 +204,9 @@ def _place_digits(
     drop = _normal(rng, 0.02, n, 5) + stairs
     drop[:, 2] = 0
     far = 9.0  # digit heights: beyond any digit
-    low = torch.where(exists, center - half, far).amin(1).view(n, 1, 1)
-    high = torch.where(exists, center + half, -far).amax(1).view(n, 1, 1)
-    return center, drop, low, high
+    begin = torch.where(exists, center - half, far).amin(1)
+    end = torch.where(exists, center + half, -far).amax(1)
+    return _Places(center, drop, begin.view(n, 1, 1), end.view(n, 1, 1))
 
 
 class _Number(NamedTuple):
@@ -194,42 +220,51 @@ class _Number(NamedTuple):
 def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
-    fields, half_widths, strokes, face = _choose_faces(rng, n)
+    faces = _choose_faces(rng, n)
     digits, exists = _choose_digits(rng, labels)
     stretch = 0.85 * _normal(rng, 0.25, n, 1).exp().clamp(0.5, 1.5)
-    half = half_widths[face[:, None], digits] * stretch
-    center, drop, low, high = _place_digits(rng, half, exists)
+    half = faces.half_widths[faces.chosen[:, None], digits] * stretch
+    places = _place_digits(rng, half, exists)
 
     # Few fonts, many shapes: the waist moves up or down, the head widens, the bowls fill out.
     waist = _uniform(rng, -0.35, 0.35, n, 1, 1)
-    taper, bowl = _normal(rng, 0.10, n, 1, 1), _normal(rng, 0.25, n, 1, 1)
+    taper = _normal(rng, 0.10, n, 1, 1)
+    bowl = _normal(rng, 0.25, n, 1, 1)
     field = torch.full((n, _SIZE, _SIZE), -1.0)
-    for k in range(5):
-        gu = (sign.u - center[:, k].view(n, 1, 1)) / stretch.view(n, 1, 1)
-        gv = sign.v - drop[:, k].view(n, 1, 1)
-        inner = (0.25 - gv * gv).clamp(min=0)  # zero at the head and the foot
-        gu = gu * (1 + taper * gv.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
-        grid = torch.stack([gu, gv + waist * inner], dim=-1) / _HALF
-        glyph = fields[face, digits[:, k]].unsqueeze(1)
+    for place in range(5):
+        glyph_u = (sign.u - places.center[:, place].view(n, 1, 1)) / stretch.view(n, 1, 1)
+        glyph_v = sign.v - places.drop[:, place].view(n, 1, 1)
+        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # zero at the head and the foot
+        glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
+        grid = torch.stack([glyph_u, glyph_v + waist * inner], dim=-1) / _FIELD_REACH
+        glyph = faces.fields[faces.chosen, digits[:, place]].unsqueeze(1)
         one = F.grid_sample(glyph, grid, padding_mode="border", align_corners=False)[:, 0]
-        one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the canvas: far from the ink
-        field = torch.where(exists[:, k].view(n, 1, 1), torch.maximum(field, one), field)
+        one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the field: far from the ink
+        field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)
 
-    stroke = strokes[face].view(n, 1, 1)
-    thinner, thicker = 0.25 * stroke, (0.105 - stroke).clamp(min=0.005, max=0.05)
-    field = field + _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker) - thinner
-    return _Number(field, low, high)
+    # A field that is raised a little everywhere has thicker strokes.
+    stroke = faces.strokes[faces.chosen].view(n, 1, 1)
+    thinner = 0.25 * stroke
+    thicker = (0.105 - stroke).clamp(min=0.005, max=0.05)
+    raised = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
+    field = field + raised - thinner
+    return _Number(field, places.left, places.right)
 
 
 def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     """n x 3 x 1 x 1 colors of the given luminance (n): mostly dull, often blue or brown."""
     pick = torch.rand(n, generator=rng)
-    any_hue = _uniform(rng, -np.pi, np.pi, n)
-    hue = torch.where(pick < 0.45, -0.6 + 0.3 * any_hue / np.pi, any_hue)  # towards blue
-    hue = torch.where(pick > 0.65, 2.4 + 0.35 * any_hue / np.pi, hue)  # towards brown
+    is_blue = pick < 0.45
+    is_brown = pick > 0.65
+    is_rare = (pick > 0.45) & (pick < 0.65)  # of any hue, pink and green too
+    hue = _uniform(rng, -np.pi, np.pi, n)
+    bluish = -0.6 + 0.3 * hue / np.pi
+    brownish = 2.4 + 0.35 * hue / np.pi
+    hue = torch.where(is_blue, bluish, hue)
+    hue = torch.where(is_brown, brownish, hue)
     vivid = torch.rand(n, generator=rng)
     chroma = 0.07 * vivid + 0.35 * (vivid - 0.75).clamp(min=0) * 2
-    chroma = torch.where((pick > 0.45) & (pick < 0.65), chroma / 2, chroma)  # seldom pink or green
+    chroma = torch.where(is_rare, chroma / 2, chroma)  # seldom a strong pink or green
     cb, cr = chroma * hue.cos(), chroma * hue.sin()
     rgb = torch.stack(
         [luminance + 1.402 * cr, luminance - 0.344 * cb - 0.714 * cr, luminance + 1.772 * cb], 1
@@ -258,24 +293,31 @@ def _levels(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Contrast of the digits, luminance of the ground, luminance of the ink (n each, 0 to 1)."""
     contrast = torch.exp(_uniform(rng, np.log(0.15), np.log(0.85), n))
     middle = _uniform(rng, 0.0, 1.0, n) * (1 - contrast) + contrast / 2
-    sign = 1 - 2 * _chance(rng, 0.45, n)  # +: dark digits on light ground
-    return contrast, middle + sign * contrast / 2, middle - sign * contrast / 2
+    light_ink = torch.rand(n, generator=rng) < 0.45
+    polarity = torch.where(light_ink, -1.0, 1.0)  # 1: dark digits on light ground
+    ground_level = middle + polarity * contrast / 2
+    ink_level = middle - polarity * contrast / 2
+    return contrast, ground_level, ink_level
 
 
 def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tensor:
     """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32)."""
     n = len(sign.u)
-    margin_u, margin_v = _uniform(rng, 0.08, 0.6, n, 1, 1), _uniform(rng, 0.08, 0.5, n, 1, 1)
+    margin_u = _uniform(rng, 0.08, 0.6, n, 1, 1)
+    margin_v = _uniform(rng, 0.08, 0.5, n, 1, 1)
     from_ends = torch.minimum(sign.u - number.left, number.right - sign.u) + margin_u
     depth = torch.minimum(from_ends, 0.5 + margin_v - sign.v.abs())
-    return depth + 4.0 * (1 - _chance(rng, 0.4, n, 1, 1))  # most plates reach beyond the crop
+    ends_in_crop = torch.rand(n, 1, 1, generator=rng) < 0.4
+    return torch.where(ends_in_crop, depth, depth + 4.0)
 
 
 def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
     """Cover (n x 32 x 32) of a line along the plate's edge, which four in ten have."""
     n = len(depth)
-    place, width = _uniform(rng, 0.0, 0.08, n, 1, 1), _uniform(rng, 0.02, 0.06, n, 1, 1)
-    return _coverage((width - (depth - place).abs()) * scale) * _chance(rng, 0.4, n, 1, 1)
+    inset = _uniform(rng, 0.0, 0.08, n, 1, 1)
+    width = _uniform(rng, 0.02, 0.06, n, 1, 1)
+    line = _coverage((width - (depth - inset).abs()) * scale)
+    return line * _chance(rng, 0.4, n, 1, 1)
 
 
 def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
@@ -295,7 +337,8 @@ def _add_relief(
 ) -> Tensor:
     """A shadow on one side of the digits, or the side of raised ones, and a glint on the other."""
     n = len(field)
-    reach, towards = _uniform(rng, 0.04, 0.22, n, 1, 1), _uniform(rng, 0, 2 * np.pi, n, 1, 1)
+    reach = _uniform(rng, 0.04, 0.22, n, 1, 1)
+    towards = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     du, dv = reach * towards.cos(), reach * towards.sin()
     softness = _uniform(rng, 0.3, 1.0, n, 1, 1)
     shadow = torch.maximum(_shift(field, du, dv), _shift(field, du / 2, dv / 2))
@@ -310,9 +353,11 @@ def _add_relief(
 
 def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, Tensor]:
     """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32 in 0..1), and ink contrast (n)."""
-    n, field, scale = len(number.field), number.field, sign.scale
+    field, scale = number.field, sign.scale
+    n = len(field)
     contrast, ground_level, ink_level = _levels(rng, n)
-    ground, ink = _colors(rng, n, ground_level), _colors(rng, n, ink_level)
+    ground = _colors(rng, n, ground_level)
+    ink = _colors(rng, n, ink_level)
     wall = _colors(rng, n, 0.5 * torch.rand(n, generator=rng) + 0.5 * ground_level)
 
     depth = _depth_in_plate(rng, sign, number)
@@ -334,7 +379,8 @@ def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, 
 
 def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     """Uneven light: a slope, a cast shadow with an edge, a vignette; weaker on faint digits."""
-    n, amount = len(image), contrast.view(-1, 1, 1)
+    n = len(image)
+    amount = contrast.view(n, 1, 1)
     x, y = _pixel_grid()
     slope = (_normal(rng, 0.25, n, 1, 1) * x + _normal(rng, 0.25, n, 1, 1) * y) * amount
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
@@ -345,13 +391,17 @@ def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     return image * ((1 + slope) * (1 - cast) * (1 - vignette)).unsqueeze(1)
 
 
+# The camera's steps take images of n x rows x 3 x columns. There a matrix along the rows and one
+# along the columns are one product each for the whole batch, without a copy.
+
+
 def _rows_of_sum_one(weight: Tensor) -> Tensor:
     """Each row scaled to sum 1: a resampling matrix."""
     return weight / weight.sum(-1, keepdim=True)
 
 
 def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
-    """left @ image @ right (n x 32 x 32 each) for images of n x rows x 3 x columns: no copies."""
+    """left @ image @ right in each color; left and right: n x 32 x 32, or 32 x 32."""
     n = len(image)
     tall = (left @ image.reshape(n, _SIZE, 3 * _SIZE)).view(n, 3 * _SIZE, _SIZE)
     return (tall @ right).view(n, _SIZE, 3, _SIZE)
@@ -378,7 +428,7 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tens
 
 
 def _add_noise(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
-    """Sensor noise on n x rows x 3 x columns: some in all colors alike, some in each by itself."""
+    """Sensor noise: some in all colors alike, some in each by itself."""
     n = len(image)
     gray = _normal(rng, 1.0, n, _SIZE, 1, _SIZE) * _uniform(rng, 0, 0.05, n, 1, 1, 1)
     image = image + gray * amount
@@ -395,7 +445,7 @@ def _dct_matrix() -> Tensor:
 
 
 def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
-    """JPEG's way with n x rows x 3 x columns: rounded frequencies of 8 x 8 blocks, color more."""
+    """JPEG's way: the frequencies of 8 x 8 blocks are rounded, those of color more."""
     n = len(image)
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     dct = _dct_matrix()
@@ -416,12 +466,15 @@ def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
-    distance = (i.view(1, 1, -1) - ((i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5)).abs()
+    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5  # of a row in the small image
+    distance = (i.view(1, 1, -1) - position).abs()
     a = -_uniform(rng, 0.0, 0.9, n, 1, 1)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
-    cubic = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    matrix = _rows_of_sum_one(torch.where(i.view(1, 1, -1) < pixels.ceil(), cubic, 0.0))
+    cubic = torch.where(distance < 2, far, 0.0)
+    cubic = torch.where(distance < 1, near, cubic)
+    cubic = torch.where(i.view(1, 1, -1) < pixels.ceil(), cubic, 0.0)  # nothing lies beyond
+    matrix = _rows_of_sum_one(cubic)
     return _along_both_axes(matrix, image, matrix.mT)
 
 
@@ -432,13 +485,16 @@ def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor
     step along one axis is a 32 x 32 matrix, one for each crop, so that the whole batch is a few
     matrix products.
     """
-    n, amount = len(image), contrast.view(-1, 1, 1, 1)
+    n = len(image)
+    amount = contrast.view(n, 1, 1, 1)
     digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))  # in source pixels
     pixels = (_SIZE * digit_height / scale).clamp(max=_SIZE)
-    image = _photograph(rng, image.permute(0, 2, 1, 3), scale, pixels)
-    image = _add_noise(rng, image, amount)
-    image = _compress(rng, image, amount)
-    return _enlarge(rng, image, pixels).permute(0, 2, 1, 3).contiguous()
+    rows_first = image.permute(0, 2, 1, 3)
+    rows_first = _photograph(rng, rows_first, scale, pixels)
+    rows_first = _add_noise(rng, rows_first, amount)
+    rows_first = _compress(rng, rows_first, amount)
+    rows_first = _enlarge(rng, rows_first, pixels)
+    return rows_first.permute(0, 2, 1, 3).contiguous()
 
 
 def _render_chunk(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
@@ -467,9 +523,10 @@ def render_street_numbers(count: int, seed: int) -> tuple[Tensor, Tensor]:
     torch.set_num_threads(1)
     try:
         sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
-        images, labels = zip(*(_render_chunk(rng, n) for n in sizes), strict=True)
+        chunks = [_render_chunk(rng, n) for n in sizes]
     finally:
         torch.set_num_threads(threads)
+    images, labels = zip(*chunks, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

@@ -155,8 +155,19 @@ def test_figures_and_tables_are_numbered_in_order_and_cited():
 )
 def test_an_output_that_must_not_be_published_is_found(output, fault):
     faults = tool.output_faults(notebook_of(code_cell("f()", outputs=[output], count=1)))
-    assert faults and all(text.startswith("cell 1 ") for text in faults)
+    assert faults and all(text.startswith("cell [1] ") for text in faults)
     assert any(fault in text for text in faults)
+
+
+def test_the_name_of_a_machine_is_private_and_a_word_of_the_text_is_not(monkeypatch):
+    output = nbformat.v4.new_output("stream", text="torch on ann-laptop")
+    for host, faults in (
+        ("ann-laptop", ["shows the local name ann-laptop"]),
+        ("torch", []),
+        ("", []),
+    ):
+        monkeypatch.setattr(tool.socket, "gethostname", lambda host=host: host)
+        assert list(tool.faults_of(output)) == faults
 
 
 @pytest.mark.parametrize("counts", [(2, 1), (1, 3), (1, None)])
@@ -230,7 +241,7 @@ def test_the_committed_results_are_of_a_full_run_and_all_its_claims_hold(committ
 
 def test_the_readme_shows_the_answers_of_the_run(committed, results):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tool.readme_with(tool.answers(committed), results) == readme
+    assert tool.readme_with(tool.answers_table(committed), results) == readme
 
 
 def test_the_time_of_every_stage_is_known(committed):
@@ -252,6 +263,13 @@ def test_definitions_are_a_module_whose_source_can_be_inspected(tmp_path):
     small = tool.load_definitions(path)
     assert small.double(small.Pair(4)) == small.Pair(8)
     assert inspect.getsource(small.double) == "def double(pair):\n    return Pair(2 * pair.a)\n"
+
+
+def test_definitions_that_fail_leave_no_module_behind(tmp_path):
+    nbformat.write(notebook_of(code_cell("1 / 0", "definitions")), tmp_path / "broken.ipynb")
+    with pytest.raises(ZeroDivisionError):
+        tool.load_definitions(tmp_path / "broken.ipynb")
+    assert "assignment3" not in sys.modules
 
 
 # ---- the helper and install cells, in a fresh interpreter ----
@@ -470,7 +488,7 @@ def test_the_notebook_runs_alone_in_colab(colab_folder):
     assert not any("\r" in text for text in texts)
     assert (colab_folder / "utils.py").read_bytes() == (ROOT / "utils.py").read_bytes()
     assert (colab_folder / "assignment3.pdf").read_bytes().startswith(b"%PDF")
-    assert tool.answers(done)
+    assert tool.answers_table(done)
 
 
 @pytest.mark.slow

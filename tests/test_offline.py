@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import utils
 from offline import digit_biggan, small_digits, street_numbers
-from offline.training import train_digit_biggan, train_street_classifier
+from offline.training import common, train_digit_biggan, train_street_classifier
 
 LOOK = {"mean": [122.29, 121.86, 124.48], "std": [62.77, 61.65, 63.01], "contrast": 29.09}
 
@@ -225,3 +226,41 @@ def test_a_resumed_training_of_g_sees_the_same_batches():
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
     assert first[0].shape == (128, 3, 32, 32)
+
+
+def test_the_same_weights_are_the_same_file_in_every_process(tmp_path, monkeypatch):
+    """Their sha256 is on record: neither the file's name nor the process's id may be in it."""
+    model = torch.nn.Linear(3, 2)
+    first = common.round_and_save(model, tmp_path / "weights.pt")
+    rounded = model.weight.detach().clone()
+    assert torch.equal(rounded, rounded.half().float())
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    assert common.round_and_save(model, tmp_path / "others.pt") == first
+
+
+class CountingTrainer:
+    """A Trainer whose steps only count: what it measures is the number of the step."""
+
+    def __init__(self):
+        self.generator = self.average = torch.nn.Linear(1, 1)
+        self.step, self.seconds, self.log = 0, 0.0, []
+
+    def networks(self):
+        return {"generator": self.generator}
+
+    def train_step(self, real):
+        self.step += 1
+        return {"loss": float(self.step)}
+
+    def save(self, path):
+        path.write_text(str(self.step), encoding="utf-8")
+
+
+def test_the_last_steps_of_a_training_are_logged_and_kept_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_digit_biggan, "LOG_EVERY", 2)
+    monkeypatch.setattr(train_digit_biggan, "SNAPSHOT_EVERY", 4)
+    trainer = CountingTrainer()
+    train_digit_biggan.train(trainer, None, 5, tmp_path)
+    assert [(row["step"], row["loss"]) for row in trainer.log] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+    assert (tmp_path / "checkpoint.pt").read_text(encoding="utf-8") == "5"
+    assert [path.name for path in tmp_path.glob("snapshot*")] == ["snapshot-000004.pt"]

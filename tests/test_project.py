@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -89,8 +90,8 @@ def test_a_run_shows_what_cells_print_and_keeps_what_came_before_an_error(projec
         code("print('never')"),
     )
     output = project / "build" / "assignment3.ipynb"
-    with pytest.raises(SystemExit, match=r"^Cell 3 \(Broken\) failed: ValueError: stop here"):
-        tool.run(output)
+    with pytest.raises(SystemExit, match=r"^Cell \[2\] \(Broken\) failed: ValueError: stop here"):
+        tool.run_notebook(output)
     printed = capfd.readouterr()
     assert printed.out == "training: 3 steps ±\n"
     assert printed.err == ""
@@ -103,10 +104,44 @@ def test_a_run_shows_what_cells_print_and_keeps_what_came_before_an_error(projec
 def test_a_run_works_in_the_project_and_writes_beside_its_output(project):
     source = "import os, pathlib\npathlib.Path(os.environ['A3_RUNS']).mkdir()\nos.getcwd()"
     write_notebook(project / "assignment3.ipynb", code(source))
-    tool.run(project / "build" / "assignment3.ipynb")
+    tool.run_notebook(project / "build" / "assignment3.ipynb")
     assert (project / "build" / "runs").is_dir()
     (cell,) = tool.read(project / "build" / "assignment3.ipynb").cells
     assert cell.outputs[0].data["text/plain"] == repr(str(project))
+
+
+CHILD = """
+import subprocess, sys
+sleep = "import time; print('ready', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
+child.stdout.readline()
+"""
+
+
+def test_worker_processes_print_nothing_when_a_run_ends(project, capfd):
+    write_notebook(project / "assignment3.ipynb", code(CHILD))
+    tool.run_notebook(project / "build" / "assignment3.ipynb")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_names_the_cell_and_is_kept(project, signum):
+    (project / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "notebook.py", project / "tools")
+    waiting = CHILD + "print('waiting', flush=True)\nchild.wait()"
+    write_notebook(project / "assignment3.ipynb", code("print('done')"), code(waiting))
+    command = [sys.executable, "tools/notebook.py", "run", "build/run.ipynb"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(command, cwd=project, **pipes) as process:
+        while process.stdout.readline() != "waiting\n":
+            assert process.poll() is None
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("Cell [2] () failed: KeyboardInterrupt\nThe run so far is in ")
+    assert errors.count("\n") == 2
+    done, stopped = tool.read(project / "build" / "run.ipynb").cells
+    assert done.outputs[0].text == "done\n" and stopped.outputs[0].text == "waiting\n"
 
 
 DISPLAY = """
@@ -126,7 +161,7 @@ bar.update({"text/plain": "(b): 2 trainings"}, raw=True)
 def test_a_run_prints_the_last_state_of_a_display_that_changes(project, capfd):
     cells = [code(DISPLAY), code("first = show('full on MNIST.', display_id='first')"), code(BAR)]
     write_notebook(project / "assignment3.ipynb", *cells)
-    tool.run(project / "build" / "assignment3.ipynb")
+    tool.run_notebook(project / "build" / "assignment3.ipynb")
     lines = capfd.readouterr().out.splitlines()
     assert lines[:-1] == ["full on MNIST.", "About 3 minutes.", "(b): 2 trainings"]
 
@@ -176,7 +211,7 @@ def executed_cells(printed="fine"):
 @pytest.fixture
 def run_of(project):
     """A function that lays down a finished run, with the results and printed text it is given."""
-    readme = f"before\n{tool.MARKS[0]}\nold\n{tool.MARKS[1]}\nafter ±\n"
+    readme = f"before\n{tool.README_START}\nold\n{tool.README_END}\nafter ±\n"
     (project / "README.md").write_text(readme, encoding="utf-8")
     (project / "figures").mkdir()
     (project / "figures" / "stale.png").touch()
@@ -223,7 +258,7 @@ def test_publish_refuses_a_run_that_cannot_stand_for_the_project(project, run_of
 
 
 def test_publish_refuses_outputs_that_name_this_machine(project, run_of):
-    with pytest.raises(SystemExit, match="cell 2 shows the local name"):
+    with pytest.raises(SystemExit, match=r"cell \[2\] shows the local name"):
         tool.publish(run_of(RESULTS, printed=f"saved in {project}"))
 
 
@@ -234,11 +269,27 @@ def test_publish_refuses_a_run_of_other_code(run_of):
         tool.publish(run)
 
 
+def test_publish_names_the_file_that_a_run_has_not_left(run_of):
+    run = run_of(RESULTS)
+    (run.parent / "runs" / "figures" / "results.json").unlink()
+    with pytest.raises(SystemExit, match=r"results\.json is not there"):
+        tool.publish(run)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["run", "a.ipynb", "b.ipynb"], ["publish"], ["sync", "a"], ["other"]]
+)
+def test_a_command_line_that_is_none_gets_the_usage(arguments):
+    with pytest.raises(SystemExit, match=r"python tools/notebook\.py publish RUN\.ipynb"):
+        tool.main(arguments)
+
+
 # ---- requirements ----
 
 INSTALLED_AS = {"sklearn": "scikit-learn", "pypandoc": "pypandoc-binary"}
 COME_WITH_OTHERS = {
     "nbformat",
+    "jupyter_client",
     "bs4",
     "jinja2",
     "traitlets",

@@ -8,11 +8,14 @@ python tools/notebook.py results [RUN]      print the table of answers of an exe
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import linecache
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -25,12 +28,14 @@ from typing import Any, TextIO
 import nbclient
 import nbformat
 from bs4 import BeautifulSoup
+from jupyter_client import AsyncKernelManager
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
-MARKS = ("<!-- results: made by `make publish` -->", "<!-- end of results -->")
+README_START = "<!-- results: made by `make publish` -->"
+README_END = "<!-- end of results -->"
 LANGUAGE = {
     "name": "python",
     "file_extension": ".py",
@@ -72,14 +77,15 @@ if not found.origin or Path(found.origin) != ours:
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook at `path`, whatever the locale."""
+    """The notebook at `path`, whatever the locale. Raises FileNotFoundError where none is."""
     return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
 
 
 def save(notebook: NotebookNode, path: Path) -> None:
     """Write `notebook` with ids that follow its order and only the metadata a reader needs.
 
-    Cells that begin with `# @title` are folded; Colab is asked for a GPU.
+    Cells that begin with `# @title` are folded; Colab is asked for a GPU. Raises
+    nbformat.ValidationError for what is no notebook.
     """
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
@@ -135,16 +141,19 @@ def load_definitions(path: Path = NOTEBOOK) -> types.ModuleType:
 
     The source of its functions can be inspected. The module cannot be imported by its name, so
     joblib sends its functions and classes to worker processes by value, as it does those of a
-    notebook.
+    notebook. Raises whatever the cells raise.
     """
     source = "\n\n\n".join(cell.source for cell in tagged(read(path), "definitions")) + "\n"
     module = types.ModuleType("assignment3")
     module.__file__ = f"<definitions of {path.name}>"
     lines = source.splitlines(keepends=True)
     linecache.cache[module.__file__] = (len(source), None, lines, module.__file__)
+    code = compile(source, module.__file__, "exec")
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source, module.__file__, "exec"), vars(module))
-    del sys.modules[module.__name__]
+    try:
+        exec(code, vars(module))
+    finally:
+        del sys.modules[module.__name__]
     return module
 
 
@@ -154,18 +163,23 @@ def load_definitions(path: Path = NOTEBOOK) -> types.ModuleType:
 def helper_cell(source: str) -> str:
     """Text of the cell that carries `source` and writes it to utils.py where there is none.
 
-    The cell stops with the name of the file when `import utils` would find another one.
+    The cell stops with the name of the file when `import utils` would find another one. Raises
+    ValueError for a source that cannot be quoted.
     """
     if QUOTES in source:
         raise ValueError(f"utils.py must not hold {QUOTES}: the notebook quotes it with them.")
-    return HELPER_CELL.strip().replace("SOURCE", f"r{QUOTES}{source}{QUOTES}", 1)
+    quoted = f"r{QUOTES}{source}{QUOTES}"
+    return HELPER_CELL.strip().replace("SOURCE", quoted, 1)
 
 
 def sync(path: Path = NOTEBOOK) -> None:
-    """Refresh the notebook's copy of utils.py, and tidy its metadata."""
+    """Refresh the notebook's copy of utils.py, and tidy its metadata.
+
+    Raises ValueError when the notebook has no cell for the copy, or utils.py cannot be quoted.
+    """
     notebook = read(path)
-    source = (ROOT / "utils.py").read_text(encoding="utf-8")
-    only_tagged(notebook, "helper-module").source = helper_cell(source)
+    cell = only_tagged(notebook, "helper-module")
+    cell.source = helper_cell((ROOT / "utils.py").read_text(encoding="utf-8"))
     save(notebook, path)
 
 
@@ -224,14 +238,55 @@ def visible(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2].rstrip()
 
 
+class QuietKernelManager(AsyncKernelManager):
+    """Ends a kernel without an interrupt of its worker processes.
+
+    jupyter_client interrupts the kernel and all that it started before it asks the kernel to end.
+    Each of joblib's workers would answer with a traceback on the terminal. Asked alone, the kernel
+    ends them by itself.
+    """
+
+    async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        """Ask the kernel to end, and kill it when it does not; `now`: kill it at once."""
+        if now:
+            await self.provisioner.kill(restart=restart)
+        else:
+            await self.request_shutdown(restart=restart)
+            await self.finish_shutdown(restart=restart)
+        await self.cleanup_resources(restart=restart)
+
+
 class StreamingClient(nbclient.NotebookClient):
-    """Shows what cells print while they run, and displays of plain text that change."""
+    """Shows what cells print while they run, and displays of plain text that change.
+
+    Ctrl-C, or SIGTERM, stops the cell that runs, as a notebook's stop button does.
+    """
 
     def __init__(self, notebook: NotebookNode, console: Console, **settings: Any):
-        super().__init__(notebook, **settings)
+        super().__init__(
+            notebook,
+            kernel_manager_class=QuietKernelManager,
+            on_notebook_start=self.pass_on_interrupts,
+            **settings,
+        )
         self.console = console
         self.shown: dict[str, str] = {}  # what each display that can change shows now
         self.last_display = ""
+
+    def pass_on_interrupts(self, notebook: NotebookNode) -> None:
+        """From now on, interrupt the kernel when this process is interrupted or told to end.
+
+        nbclient would end the kernel, twice at once, and stop with a traceback. The kernel's
+        workers get no interrupt: the cell that started them ends them.
+        """
+
+        def interrupt() -> None:
+            os.kill(self.km.provisioner.pid, signal.SIGINT)
+
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+            loop.add_signal_handler(signal.SIGTERM, interrupt)
 
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> Any:
         """Show a message of the kernel, then let nbclient put it into the notebook."""
@@ -260,11 +315,11 @@ class StreamingClient(nbclient.NotebookClient):
             self.console.print_line(text.removeprefix(before).strip())
 
 
-def run(output: Path) -> None:
+def run_notebook(output: Path) -> None:
     """Execute the notebook in the project's folder; stop at the first error.
 
     The notebook is saved as far as it came. What it writes goes beside `output`: checkpoints and
-    figures into runs/ (or A3_RUNS).
+    figures into runs/ (or A3_RUNS). Raises SystemExit that names the cell that failed.
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -313,14 +368,22 @@ def shows_something(output: NotebookNode) -> bool:
 
 
 def failure(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionError) -> str:
-    """The number (from 1, of all cells), title and error of the cell that failed."""
+    """The number, as Jupyter shows it, title and error of the cell that failed."""
+    reason = error.ename
+    if error.evalue:
+        reason += f": {error.evalue}"
     heading = ""
-    for number, cell in enumerate(notebook.cells, start=1):
+    for cell in notebook.cells:
         heading = heading_of(cell) or heading
-        if any(output.output_type == "error" for output in cell.get("outputs", [])):
+        if failed(cell):
             title = form_title(cell) or heading
-            return f"Cell {number} ({title}) failed: {error.ename}: {error.evalue}"
-    return f"{error.ename}: {error.evalue}"
+            return f"Cell [{cell.execution_count}] ({title}) failed: {reason}"
+    return reason
+
+
+def failed(cell: NotebookNode) -> bool:
+    """Whether a cell shows an error."""
+    return any(output.output_type == "error" for output in cell.get("outputs", []))
 
 
 def heading_of(cell: NotebookNode) -> str:
@@ -346,15 +409,18 @@ def publish(executed: Path) -> None:
     The text is the committed notebook's; its code must be that of the run. Raises SystemExit with
     every reason why a run cannot be published.
     """
-    committed, notebook = read(NOTEBOOK), read(executed)
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
+    for path in (executed, figures / "results.json"):
+        require_of_run(path)
+    committed, notebook = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
     faults = [*results_faults(results), *output_faults(notebook)]
     if code_of(committed) != code_of(notebook):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
-    text = readme_with(answers(notebook), results)
+
+    text = readme_with(answers_table(notebook), results)
     for cell, executed_cell in zip(code_cells(committed), code_cells(notebook), strict=True):
         cell.outputs = executed_cell.outputs
         cell.execution_count = executed_cell.execution_count
@@ -362,6 +428,12 @@ def publish(executed: Path) -> None:
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
     (ROOT / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def require_of_run(path: Path) -> None:
+    """Raise SystemExit where a file that a finished run leaves is not there."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there: the notebook must run to its end first (`make`).")
 
 
 def code_of(notebook: NotebookNode) -> list[str]:
@@ -384,14 +456,14 @@ def results_faults(results: dict[str, Any]) -> list[str]:
 
 
 def output_faults(notebook: NotebookNode) -> list[str]:
-    """What is wrong with the outputs of an executed notebook; cells are counted from 1."""
+    """What is wrong with the outputs of an executed notebook; cells by their number in Jupyter."""
     faults = []
     counts = [cell.execution_count for cell in code_cells(notebook)]
     if counts != list(range(1, len(counts) + 1)):
         faults.append("the cells were not executed once each, in order")
-    for number, cell in enumerate(notebook.cells, start=1):
-        for output in cell.get("outputs", []):
-            faults += [f"cell {number} {what}" for what in faults_of(output)]
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            faults += [f"cell [{cell.execution_count}] {what}" for what in faults_of(output)]
     return faults
 
 
@@ -419,31 +491,47 @@ def texts_of(output: NotebookNode) -> list[str]:
 def local_places() -> set[str]:
     """Names that only this machine has: its own, and where files lie on it."""
     places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
-    if socket.gethostname() != "localhost":
-        places.add(socket.gethostname())
+    places.discard("/")  # the home of a user without one
+    host = socket.gethostname()
+    if len(host) > 5 and host != "localhost":  # a shorter one may be a word of the text: "torch"
+        places.add(host)
     return places
 
 
-def answers(notebook: NotebookNode) -> str:
+def answers_table(notebook: NotebookNode) -> str:
     """The table of answers of an executed notebook, as Markdown.
 
     It is the HTML table that the cell tagged `answers` shows. Raises SystemExit where none is.
     """
     for output in only_tagged(notebook, "answers").outputs:
-        page = BeautifulSoup(output.get("data", {}).get("text/html", ""), "html.parser")
-        rows = [
-            [entry.get_text(" ", strip=True) for entry in row.find_all(["th", "td"])]
-            for row in page.find_all("tr")
-        ]
+        rows = table_rows(output)
         if rows:
-            lines = ["| " + " | ".join(row) + " |" for row in rows]
-            lines.insert(1, "| :--- |" + " ---: |" * (len(rows[0]) - 1))
-            return "\n".join(lines)
+            return markdown_table(rows)
     raise SystemExit("The notebook shows no table of answers; run it first.")
 
 
+def table_rows(output: NotebookNode) -> list[list[str]]:
+    """The texts of an output's HTML table, row by row; none where it shows no table."""
+    page = BeautifulSoup(output.get("data", {}).get("text/html", ""), "html.parser")
+    return [
+        [entry.get_text(" ", strip=True) for entry in row.find_all(["th", "td"])]
+        for row in page.find_all("tr")
+    ]
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """The rows as a table whose first row is its head; all columns but the first are numbers."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    numbers = len(rows[0]) - 1
+    alignment = "| :--- |" + " ---: |" * numbers
+    return "\n".join([head, alignment, *body])
+
+
 def readme_with(table: str, results: dict[str, Any]) -> str:
-    """README.md with `table` and the facts of its run between the two marks."""
+    """README.md with `table` and the facts of its run between the two marks.
+
+    Raises SystemExit where README.md lacks a mark.
+    """
     run_facts = results["run"]
     facts = [
         f"{data['name']}: {data['train']:,} training and {data['test']:,} test images"
@@ -455,26 +543,35 @@ def readme_with(table: str, results: dict[str, Any]) -> str:
     )
     notes = "\n".join(f"- {fact}." for fact in facts)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = MARKS
-    if start not in text or end not in text:
-        raise SystemExit(f"README.md must hold the lines {start} and {end}.")
-    before = text.partition(start)[0]
-    after = text.partition(end)[2]
-    return f"{before}{start}\n\n{table}\n\n{notes}\n\n{end}{after}"
+    if README_START not in text or README_END not in text:
+        raise SystemExit(f"README.md must hold the lines {README_START} and {README_END}.")
+    before = text.partition(README_START)[0]
+    after = text.partition(README_END)[2]
+    return f"{before}{README_START}\n\n{table}\n\n{notes}\n\n{README_END}{after}"
 
 
-def print_results(executed: Path = NOTEBOOK) -> None:
-    """Print the table of answers of an executed notebook."""
-    print(answers(read(executed)))
+def print_results(executed: Path) -> None:
+    """Print the table of answers of an executed notebook. Raises SystemExit where none is."""
+    require_of_run(executed)
+    print(answers_table(read(executed)))
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command named first, with the paths that follow it."""
-    commands = {"sync": sync, "run": run, "publish": publish, "results": print_results}
-    if not arguments or arguments[0] not in commands:
-        raise SystemExit(__doc__)
+    """Do what the command line asks for. Raises SystemExit with the usage for anything else."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows a question mark
-    commands[arguments[0]](*map(Path, arguments[1:]))
+    match arguments:
+        case ["sync"]:
+            sync()
+        case ["run", output]:
+            run_notebook(Path(output))
+        case ["publish", executed]:
+            publish(Path(executed))
+        case ["results"]:
+            print_results(NOTEBOOK)
+        case ["results", executed]:
+            print_results(Path(executed))
+        case _:
+            raise SystemExit(__doc__)
 
 
 if __name__ == "__main__":

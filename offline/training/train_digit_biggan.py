@@ -14,7 +14,8 @@ For stability  two learning rates (Heusel et al. 2017), spectral norm (Miyato et
 Measures the raw and the averaged generator of every 500th step with the evaluation classifier,
 which the generator never meets, and the final one by its classification accuracy score (CAS,
 Ravuri & Vinyals 2019). Writes digit_biggan.pt, evaluation_classifier.pt and digit_biggan_log.json
-into offline/weights. A stopped run goes on from its last checkpoint (A3_RUNS/digit_biggan).
+into offline/weights. A stopped run goes on from what it left in A3_RUNS/digit_biggan: the guide,
+the last checkpoint, the evaluation classifier. After a change here, delete that folder first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -42,26 +44,35 @@ from offline.digit_biggan import (
     conv_norm_relu,
     untrained_digit_biggan,
 )
-from offline.training.train_street_classifier import notebook, save_half, write_text
+from offline.training.common import CPU, notebook, round_and_save, write_text
 
-CPU = torch.device("cpu")
 CLASSES = len(DIGIT_CLASSES)
-STREET_BATCH, WRITTEN_BATCH = 40, 24  # SVHN is the harder set
-BATCH = STREET_BATCH + WRITTEN_BATCH
-LR_GENERATOR, LR_DISCRIMINATOR = 3e-4, 6e-4
+# Which classes each data set has; the keys are its roles, as in the notebook.
+CLASSES_OF = {"street": slice(0, 10), "handwritten": slice(10, 20)}
+STREET_BATCH = 40  # more than of the other set: SVHN is the harder one
+HANDWRITTEN_BATCH = 24
+BATCH = STREET_BATCH + HANDWRITTEN_BATCH
+WIDTH = 32  # channels of the first layer, in the discriminator and in the guide
+LR_GENERATOR = 3e-4
+LR_DISCRIMINATOR = 6e-4
 BETAS = (0.0, 0.99)
 # Gain of the discriminator's score, until GAIN_STEP and from then on. With 4 its hinge loss stood
 # at 1.7 (2: nothing is told apart), with 12 it still did.
-FIRST_GAIN, LATER_GAIN = 4.0, 12.0
+FIRST_GAIN = 4.0
+LATER_GAIN = 12.0
 GAIN_STEP = 2100
 CLASS_WEIGHT = 0.5  # of the class term in the generator's loss
 EMA_DECAY = 0.999
 STEPS = 2600
-LOG_EVERY, SNAPSHOT_EVERY = 100, 500  # steps
-GUIDE_STEPS, EVALUATION_STEPS = 800, 1000  # batches of 128, of the two classifiers
-CAS_IMAGES, CAS_EPOCHS = 20_000, 10
+LOG_EVERY = 100  # steps
+SNAPSHOT_EVERY = 500  # steps
+GUIDE_STEPS = 800
+EVALUATION_STEPS = 1000
+CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # images a step of these two
+AFFINE = (10, 0.05, 0.1, 0.1)  # degrees, shift, zoom, shear: see the notebook's random_affine
+CAS_IMAGES = 20_000
+CAS_EPOCHS = 10
 COMPARED = 2_000  # images on each side of a Fréchet distance
-WORLDS = {"street": slice(0, 10), "handwritten": slice(10, 20)}  # the classes of each set
 SEED = 0
 
 
@@ -86,25 +97,22 @@ class RealImages:
     """
 
     def __init__(self, street: utils.DigitData, handwritten: utils.DigitData, part: str) -> None:
-        written = getattr(handwritten, part)
-        self.splits = {
-            "street": getattr(street, part),
-            "handwritten": utils.Split(F.pad(written.images, (2, 2, 2, 2)), written.labels),
-        }
+        small = getattr(handwritten, part)
+        padded = utils.Split(F.pad(small.images, (2, 2, 2, 2)), small.labels)
+        self.splits = {"street": getattr(street, part), "handwritten": padded}
 
-    def draw(self, world: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` random images, float N x 3 x 32 x 32 in -1..1, and their classes."""
-        split = self.splits[world]
+    def draw(self, role: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` random images of one set, float N x 3 x 32 x 32 in -1..1, and their classes."""
+        split = self.splits[role]
         index = torch.randint(len(split), (count,), generator=generator)
         images = utils.to_float(split.images[index]).expand(-1, 3, -1, -1)
-        return images, split.labels[index] + WORLDS[world].start
+        return images, split.labels[index] + CLASSES_OF[role].start
 
-    def batch(self, street: int, written: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """So many images of each set, SVHN first."""
-        street_images, street_labels = self.draw("street", street, generator)
-        written_images, written_labels = self.draw("handwritten", written, generator)
-        images = torch.cat([street_images, written_images])
-        labels = torch.cat([street_labels, written_labels])
+    def batch(self, counts: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """So many random images of each set, in the order of `counts`, and their classes."""
+        drawn = [self.draw(role, count, generator) for role, count in counts.items()]
+        images = torch.cat([images for images, _ in drawn])
+        labels = torch.cat([labels for _, labels in drawn])
         return images.contiguous(memory_format=torch.channels_last), labels
 
 
@@ -182,44 +190,45 @@ class Discriminator(nn.Module):
     The gain is there because spectral norm keeps w and every e_y at length 1 or less.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.gain = FIRST_GAIN
         self.blocks = nn.Sequential(
-            spectral_norm(nn.Conv2d(3, width, 4, stride=2, padding=1)),
-            Block(width, 2 * width, down=True),
-            Block(2 * width, 4 * width, down=True),
-            Block(4 * width, 4 * width, down=False),
+            spectral_norm(nn.Conv2d(3, WIDTH, 4, stride=2, padding=1)),
+            Block(WIDTH, 2 * WIDTH, down=True),
+            Block(2 * WIDTH, 4 * WIDTH, down=True),
+            Block(4 * WIDTH, 4 * WIDTH, down=False),
         )
-        self.score = spectral_norm(nn.Linear(4 * width, 1))
-        self.project = spectral_norm(nn.Embedding(CLASSES, 4 * width))
+        self.score = spectral_norm(nn.Linear(4 * WIDTH, 1))
+        self.project = spectral_norm(nn.Embedding(CLASSES, 4 * WIDTH))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         h = F.relu(self.blocks(images)).sum((2, 3))
         return self.gain * (self.score(h)[:, 0] + (h * self.project(labels)).sum(1))
 
 
-def guide_network(width: int = 32) -> nn.Sequential:
+def guide_network() -> nn.Sequential:
     """The guide: N x 3 x 32 x 32 in -1..1 to N x 20 logits."""
     return nn.Sequential(
-        *conv_norm_relu(3, width, kernel=5),
+        *conv_norm_relu(3, WIDTH, kernel=5),
         nn.MaxPool2d(2),
-        *conv_norm_relu(width, 2 * width, kernel=5),
+        *conv_norm_relu(WIDTH, 2 * WIDTH, kernel=5),
         nn.MaxPool2d(2),
-        *conv_norm_relu(2 * width, 4 * width),
-        *conv_norm_relu(4 * width, 4 * width),
+        *conv_norm_relu(2 * WIDTH, 4 * WIDTH),
+        *conv_norm_relu(4 * WIDTH, 4 * WIDTH),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(4 * width, CLASSES),
+        nn.Linear(4 * WIDTH, CLASSES),
     )
 
 
 def train_classifier(
     model: nn.Module, real: RealImages, steps: int, path: Path, seed: int
 ) -> nn.Module:
-    """Trains `model` to name the class of real images, or loads it when `path` is there.
+    """Train `model` to name the class of real images, or load it when `path` is there.
 
-    AdamW, one cycle, label smoothing, small random rotations, shifts, zooms and shears.
+    AdamW, one cycle, label smoothing, small random rotations, shifts, zooms and shears. The
+    weights are rounded to float16.
     """
     model = model.to(memory_format=torch.channels_last)
     if path.exists():
@@ -228,8 +237,8 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
-        images, labels = real.batch(88, 40, generator)
-        images = notebook.random_affine(images, generator, (10, 0.05, 0.1, 0.1))
+        images, labels = real.batch(CLASSIFIER_BATCH, generator)
+        images = notebook.random_affine(images, generator, AFFINE)
         with utils.autocast(CPU):
             logits = model(images.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
@@ -237,16 +246,16 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
-    save_half(model, path)
+    round_and_save(model, path)
     return model
 
 
 # ---- training of the generator -------------------------------------------------------
 
 
-def flat(model: nn.Module) -> Tensor:
-    """All parameters in one long row."""
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def all_weights(model: nn.Module) -> Tensor:
+    """All parameters in one long row: a copy."""
+    return torch.cat([weight.detach().reshape(-1) for weight in model.parameters()])
 
 
 class Trainer:
@@ -265,7 +274,16 @@ class Trainer:
         self.seconds = 0.0  # of one core
         self.log: list[dict[str, float]] = []
 
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks whose weights change, by name."""
+        return {
+            "generator": self.generator,
+            "average": self.average,
+            "discriminator": self.discriminator,
+        }
+
     def save(self, path: Path) -> None:
+        """Write a checkpoint: all that a stopped training needs to go on."""
         state = {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
@@ -280,6 +298,7 @@ class Trainer:
         utils.write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
+        """Go on from a checkpoint that `save` wrote."""
         state = torch.load(path, weights_only=True)
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
@@ -292,9 +311,13 @@ class Trainer:
         self.log = state["log"]
 
     def train_step(self, real: RealImages) -> dict[str, float]:
-        """One update of the discriminator, then one of the generator on the same fakes."""
+        """One update of the discriminator, then one of the generator on the same fakes.
+
+        Returns the losses, and the discriminator's mean scores of the real images and the fakes.
+        """
         self.discriminator.gain = FIRST_GAIN if self.step < GAIN_STEP else LATER_GAIN
-        images, labels = real.batch(STREET_BATCH, WRITTEN_BATCH, self.random)
+        counts = {"street": STREET_BATCH, "handwritten": HANDWRITTEN_BATCH}
+        images, labels = real.batch(counts, self.random)
         with utils.autocast(CPU):
             fakes = self.generator(noise(BATCH, self.random), one_hot(labels), 1.0).float()
             both = torch.cat([images, fakes.detach()])
@@ -328,48 +351,60 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Moves the averaged weights towards the generator's; at first the average is short."""
+        """Move the averaged weights towards the generator's; at first the average is short."""
         decay = min(EMA_DECAY, self.step / (self.step + 10))
-        pairs = zip(self.average.parameters(), self.generator.parameters(), strict=True)
-        for average, latest in pairs:
+        weights = zip(self.average.parameters(), self.generator.parameters(), strict=True)
+        for average, latest in weights:
             average.lerp_(latest, 1 - decay)
-        for average, latest in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+        buffers = zip(self.average.buffers(), self.generator.buffers(), strict=True)
+        for average, latest in buffers:
             average.copy_(latest)
 
 
-def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
-    """Trains up to `steps`; a checkpoint every 100 steps and a snapshot every 500.
+def log_row(
+    step: int, measured: list[dict[str, float]], before: dict[str, Tensor], after: dict[str, Tensor]
+) -> dict[str, float]:
+    """What the log says of the steps since its last entry.
 
-    The log holds, every 100 steps, the means of what `train_step` gives and how far (Euclidean)
-    the weights of each network have moved since the entry before.
+    The means of what `train_step` gave, and how far (Euclidean) each network's weights moved.
     """
-    networks = {
-        "generator": trainer.generator,
-        "average": trainer.average,
-        "discriminator": trainer.discriminator,
+    row: dict[str, float] = {"step": step}
+    for name in measured[0]:
+        row[name] = round(statistics.mean(entry[name] for entry in measured), 4)
+    for name, weights in after.items():
+        row[f"moved_{name}"] = round((weights - before[name]).norm().item(), 4)
+    return row
+
+
+def save_snapshot(trainer: Trainer, runs: Path) -> None:
+    """Keep the raw and the averaged generator of this step, to be measured at the end."""
+    states = {
+        "generator": trainer.generator.state_dict(),
+        "average": trainer.average.state_dict(),
     }
-    sums: dict[str, float] = {}
-    before = {name: flat(network) for name, network in networks.items()}
+    path = runs / f"snapshot-{trainer.step:06d}.pt"
+    utils.write_atomically(path, lambda part: torch.save(states, part))
+
+
+def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
+    """Train up to `steps`, with a log entry and a checkpoint every 100 and a snapshot every 500."""
     start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
+    before = {name: all_weights(network) for name, network in trainer.networks().items()}
+    measured: list[dict[str, float]] = []
     while trainer.step < steps:
-        for name, value in trainer.train_step(real).items():
-            sums[name] = sums.get(name, 0.0) + value / LOG_EVERY
-        if trainer.step % LOG_EVERY == 0:
-            after = {name: flat(network) for name, network in networks.items()}
-            for name in networks:
-                sums[f"moved_{name}"] = (after[name] - before[name]).norm().item()
-            row = {name: round(value, 4) for name, value in sums.items()}
-            trainer.log.append({"step": trainer.step} | row)
-            before, sums = after, {}
+        measured.append(trainer.train_step(real))
+        # Before the checkpoint: a run that goes on from there would not come by here again.
+        if trainer.step % SNAPSHOT_EVERY == 0:
+            save_snapshot(trainer, runs)
+        if trainer.step % LOG_EVERY == 0 or trainer.step == steps:
+            after = {name: all_weights(network) for name, network in trainer.networks().items()}
+            row = log_row(trainer.step, measured, before, after)
+            before = after
+            measured = []
+            trainer.log.append(row)
             trainer.seconds = time.process_time() - start
             trainer.save(runs / "checkpoint.pt")
-        if trainer.step % SNAPSHOT_EVERY == 0:
-            states = {
-                "generator": trainer.generator.state_dict(),
-                "average": trainer.average.state_dict(),
-            }
-            torch.save(states, runs / f"snapshot-{trainer.step:06d}.pt")
-            print(f"{trainer.seconds:.0f} s", trainer.log[-1], flush=True)
+            print(f"{trainer.seconds:.0f} s", row, flush=True)
 
 
 # ---- measuring -----------------------------------------------------------------------
@@ -377,7 +412,7 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
 
 @torch.no_grad()
 def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 7) -> None:
-    """Fills rows of the batch-norm tables (row i: truncation i/50); leaves `model` in eval mode.
+    """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
     The same noise directions serve every row, so the tables vary smoothly with the truncation.
     """
@@ -387,14 +422,17 @@ def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 
         z = noise(CLASSES, torch.Generator().manual_seed(seed))
         model(z, one_hot(labels[:CLASSES]), 1.0)
     model.eval()
+    # Not norm.train(): the spectral norms inside would go on with their power iterations.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
     for row in rows:
         z = noise(len(labels), torch.Generator().manual_seed(seed), row / 50)
         for norm in norms:
-            norm.training, norm.row = True, row
+            norm.training = True
+            norm.row = row
         model(z, one_hot(labels), max(row, 1) / 50)  # the library takes no truncation of 0
     for norm in norms:
-        norm.training, norm.row = False, None
+        norm.training = False
+        norm.row = None
 
 
 @torch.no_grad()
@@ -436,14 +474,17 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def quality(
     model: BigGAN, classifier: EvaluationClassifier, real: dict[str, Tensor], truncation: float
 ) -> dict[str, float]:
-    """Of each world: percent recognized, and Fréchet distance to as many real training images."""
+    """Of each role: percent recognized, and Fréchet distance to as many real training images.
+
+    real: the features of those, of each role.
+    """
     result = {}
-    for world, classes in WORLDS.items():
-        labels = torch.arange(classes.start, classes.stop).repeat(len(real[world]) // 10)
+    for role, classes in CLASSES_OF.items():
+        labels = torch.arange(classes.start, classes.stop).repeat(len(real[role]) // 10)
         images = sample(model, labels, truncation, seed=11)
         features, right = features_and_right(classifier, images, labels)
-        result[f"recognized_{world}"] = round(right, 2)
-        result[f"frechet_{world}"] = round(frechet_distance(features, real[world]), 2)
+        result[f"recognized_{role}"] = round(right, 2)
+        result[f"frechet_{role}"] = round(frechet_distance(features, real[role]), 2)
     return result
 
 
@@ -463,7 +504,7 @@ def train_and_test(
     for _ in range(epochs):
         for index in torch.randperm(len(train), generator=generator).split(128):
             images = utils.to_float(train.images[index])
-            images = notebook.random_affine(images, generator, (10, 0.05, 0.1, 0.1))
+            images = notebook.random_affine(images, generator, AFFINE)
             with utils.autocast(CPU):
                 logits = model(images.to(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=0.1)
@@ -474,54 +515,72 @@ def train_and_test(
     return utils.percent_right(model.eval(), test, CPU)
 
 
-def generated_split(model: BigGAN, world: str, count: int, seed: int = 23) -> utils.Split:
-    """`count` generated images of one world at truncation 1, gray, labels 0 to 9."""
+def generated_split(model: BigGAN, role: str, count: int, seed: int = 23) -> utils.Split:
+    """`count` generated images of one role at truncation 1, gray, labels 0 to 9."""
     digits = torch.arange(10).repeat(count // 10)
-    images = sample(model, digits + WORLDS[world].start, 1.0, seed)
+    images = sample(model, digits + CLASSES_OF[role].start, 1.0, seed)
     rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return notebook.gray(utils.Split(rounded, digits))
 
 
-def report(
-    trainer: Trainer, parts: dict[str, RealImages], classifier: nn.Module, runs: Path, out: Path
-) -> dict:
-    """Writes digit_biggan.pt (the averaged generator) and returns all measurements."""
-    facts: dict = {"real": {}, "checkpoints": []}
-    reference: dict[str, Tensor] = {}
-    for world in WORLDS:
-        drawn = {}
-        for number, (part, real) in enumerate(parts.items()):
-            images = real.draw(world, COMPARED, torch.Generator().manual_seed(3 + number))
-            drawn[part], right = features_and_right(classifier, *images)
-            facts["real"][f"recognized_{world}_{part}"] = round(right, 2)
-        reference[world] = drawn["train"]
-        facts["real"][f"frechet_{world}"] = round(frechet_distance(*drawn.values()), 2)
-    print(json.dumps(facts["real"]), flush=True)
+def reference_features(
+    parts: dict[str, RealImages], classifier: EvaluationClassifier
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Features of real training images of each role, and the measures of real images.
 
+    The distance is that of training to test images: what a perfect generator would come to.
+    """
+    reference, facts = {}, {}
+    for role in CLASSES_OF:
+        train_images = parts["train"].draw(role, COMPARED, torch.Generator().manual_seed(3))
+        test_images = parts["test"].draw(role, COMPARED, torch.Generator().manual_seed(4))
+        reference[role], train_right = features_and_right(classifier, *train_images)
+        test_features, test_right = features_and_right(classifier, *test_images)
+        facts[f"recognized_{role}_train"] = round(train_right, 2)
+        facts[f"recognized_{role}_test"] = round(test_right, 2)
+        facts[f"frechet_{role}"] = round(frechet_distance(reference[role], test_features), 2)
+    return reference, facts
+
+
+def measure_snapshots(
+    runs: Path, classifier: EvaluationClassifier, reference: dict[str, Tensor]
+) -> list[dict]:
+    """The quality of the raw and the averaged generator of every snapshot, at truncation 1."""
+    entries = []
     for path in sorted(runs.glob("snapshot-*.pt")):
-        entry: dict = {"step": int(path.stem.split("-")[1])}
+        entry: dict = {"step": int(path.stem.partition("-")[2])}
         for name, state in torch.load(path, weights_only=True).items():
             model = trainable_biggan(state)
             standing_statistics(model, range(50, 51), per_class=40)
             entry[name] = quality(model, classifier, reference, 1.0)
-        facts["checkpoints"].append(entry)
+        entries.append(entry)
         print(json.dumps(entry), flush=True)
+    return entries
 
-    # The weights to keep: the average, with statistics for every truncation, rounded to float16.
-    model = trainer.average
+
+def save_final(
+    model: BigGAN, classifier: EvaluationClassifier, reference: dict[str, Tensor]
+) -> dict:
+    """Give `model` its statistics for every truncation, write digit_biggan.pt, and measure it."""
     standing_statistics(model, range(51), per_class=25)
-    facts["sha256"] = save_half(model, out / "digit_biggan.pt")
-    truncations = (0.4, 0.7, 1.0)
-    facts["final"] = {f"{t}": quality(model, classifier, reference, t) for t in truncations}
-    print(json.dumps(facts["final"]), flush=True)
-    return facts
+    sha256 = round_and_save(model, WEIGHTS / "digit_biggan.pt")
+    final = {}
+    for truncation in (0.4, 0.7, 1.0):
+        final[f"{truncation}"] = quality(model, classifier, reference, truncation)
+    print(json.dumps(final), flush=True)
+    return {"sha256": sha256, "final": final}
 
 
-def write_log(settings: dict, facts: dict, steps: list[dict], path: Path) -> None:
-    """Writes digit_biggan_log.json: settings, measurements, and one line for every 100 steps."""
-    rows = ",\n".join(json.dumps(row) for row in steps)
-    head = json.dumps({"settings": settings} | facts, indent=1)[:-2]
-    write_text(path, f'{head},\n "steps": [\n{rows}\n]\n}}\n')
+def classification_accuracy_scores(model: BigGAN, test: RealImages) -> dict[str, float]:
+    """Percent of real test digits read by the notebook's CNN, trained on generated ones alone."""
+    scores = {}
+    for role in CLASSES_OF:
+        generated = generated_split(model, role, CAS_IMAGES)
+        cnn = nn.Sequential(notebook.base_trunk(), notebook.task_head())
+        accuracy = train_and_test(cnn, generated, notebook.gray(test.splits[role]), CAS_EPOCHS)
+        scores[role] = round(accuracy, 2)
+    print(json.dumps(scores), flush=True)
+    return scores
 
 
 def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
@@ -530,7 +589,7 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
         "trained_on": trained_on,
         "steps": trainer.step,
         "core_minutes": round(trainer.seconds / 60, 1),
-        "batch": [STREET_BATCH, WRITTEN_BATCH],
+        "batch": [STREET_BATCH, HANDWRITTEN_BATCH],
         "lr_generator": LR_GENERATOR,
         "lr_discriminator": LR_DISCRIMINATOR,
         "betas": BETAS,
@@ -548,43 +607,49 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
 
 
 def main() -> None:
+    """Train all three networks, measure, and replace the committed weights and their log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    arguments = parser.parse_args()
-    out = arguments.out
+    parser.add_argument("--steps", type=int, default=STEPS, help="replaces the weights too if few")
+    steps = parser.parse_args().steps
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     torch.set_num_threads(1)  # the same sums in the same order
     runs = utils.runs_folder() / "digit_biggan"
     runs.mkdir(parents=True, exist_ok=True)
-
     street, handwritten = utils.load_svhn(), utils.load_mnist()
-    parts = {part: RealImages(street, handwritten, part) for part in ("train", "test")}
+    train_images = RealImages(street, handwritten, "train")
+    test_images = RealImages(street, handwritten, "test")
+
     torch.manual_seed(SEED + 1)
-    guide = train_classifier(guide_network(), parts["train"], GUIDE_STEPS, runs / "guide.pt", 1)
+    guide = train_classifier(guide_network(), train_images, GUIDE_STEPS, runs / "guide.pt", seed=1)
     trainer = Trainer(guide)
-    if (runs / "checkpoint.pt").exists():
-        trainer.load(runs / "checkpoint.pt")
+    checkpoint = runs / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
         print(f"going on from step {trainer.step}", flush=True)
-    train(trainer, parts["train"], arguments.steps, runs)
+    train(trainer, train_images, steps, runs)
 
     torch.manual_seed(SEED + 2)
-    path = out / "evaluation_classifier.pt"
+    # Trained into the runs folder: the file in WEIGHTS is an earlier run's.
     classifier = train_classifier(
-        EvaluationClassifier(), parts["train"], EVALUATION_STEPS, path, seed=2
+        EvaluationClassifier(),
+        train_images,
+        EVALUATION_STEPS,
+        runs / "evaluation_classifier.pt",
+        seed=2,
     )
-    facts = report(trainer, parts, classifier, runs, out)
-    facts["sha256_evaluation_classifier"] = utils.file_sha256(path)
-    settings = settings_record(trainer, [utils.describe_size(d) for d in (street, handwritten)])
-    write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
-    facts["cas"] = {}
-    for world in WORLDS:
-        generated = generated_split(trainer.average, world, CAS_IMAGES)
-        test = notebook.gray(parts["test"].splits[world])
-        model = nn.Sequential(notebook.base_trunk(), notebook.task_head())
-        facts["cas"][world] = round(train_and_test(model, generated, test, CAS_EPOCHS), 2)
-        print(json.dumps(facts["cas"]), flush=True)
-        write_log(settings, facts, trainer.log, out / "digit_biggan_log.json")
+    sha256 = round_and_save(classifier, WEIGHTS / "evaluation_classifier.pt")
+
+    parts = {"train": train_images, "test": test_images}
+    reference, real = reference_features(parts, classifier)
+    print(json.dumps(real), flush=True)
+    trained_on = [utils.describe_size(data) for data in (street, handwritten)]
+    log: dict = {"settings": settings_record(trainer, trained_on), "real": real}
+    log["checkpoints"] = measure_snapshots(runs, classifier, reference)
+    log |= save_final(trainer.average, classifier, reference)
+    log["sha256_evaluation_classifier"] = sha256
+    log["cas"] = classification_accuracy_scores(trainer.average, test_images)
+    log["steps"] = trainer.log
+    write_text(WEIGHTS / "digit_biggan_log.json", json.dumps(log, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Run it in the project's folder. Architecture and augmentation are the notebook's. Writes
 street_classifier.pt (state dict, float16) and street_classifier.json (accuracies in percent,
-recipe, sha256) into offline/weights. A stopped run goes on from its last checkpoint (A3_RUNS).
+recipe, sha256) into offline/weights. A stopped run goes on from its last checkpoint, in the folder
+A3_RUNS; after a change of the recipe, delete that checkpoint first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -21,11 +23,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import utils
-from tools.notebook import load_definitions
+from offline.training.common import CPU, notebook, round_and_save, write_text
 
-notebook = load_definitions()
-
-CPU = torch.device("cpu")
+TARGET = utils.OFFLINE / "weights" / "street_classifier.pt"
 AUGMENTATION = (  # in words, for the .json; `augmented` does it
     "Rotated, zoomed, sheared and shifted a little, of another contrast, 8 x 8 pixels erased."
 )
@@ -42,20 +42,23 @@ CHECKPOINT_EVERY = 200  # steps
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotated, zoomed, sheared and shifted a little, of another contrast, 8 x 8 pixels erased.
+    """Images changed at random, as AUGMENTATION says.
 
     images: float N x 3 x 32 x 32 in -1..1. The shifts are small: a crop's neighboring digits must
     not move to its middle.
     """
     images = notebook.random_affine(images, generator, (8, 0.04, 0.1, 0.1))
     gain, offset = torch.rand(2, len(images), 1, 1, 1, generator=generator)
-    images = ((0.6 + 0.6 * gain) * images + 0.4 * offset - 0.2).clamp(-1, 1)
+    gain = 0.6 + 0.6 * gain  # 0.6 to 1.2
+    offset = 0.4 * offset - 0.2  # -0.2 to 0.2
+    images = (gain * images + offset).clamp(-1, 1)
     return notebook.random_erase(images, generator, size=8)
 
 
 def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     """The batch of one step, the same in a resumed run; each epoch has its own order."""
-    epoch, place = divmod(step, len(split) // BATCH)
+    steps_an_epoch = len(split) // BATCH
+    epoch, place = divmod(step, steps_an_epoch)
     order = torch.randperm(len(split), generator=utils.epoch_generator(0, epoch))
     index = order[place * BATCH : (place + 1) * BATCH]
     images = augmented(utils.to_float(split.images[index]), utils.epoch_generator(1, step))
@@ -63,10 +66,10 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """It warms up, stays at its peak, and falls to zero in a straight line."""
-    warm_up = (step + 1) / WARM_UP
-    decay = (steps - step) / (DECAY * steps)
-    return PEAK_LR * min(1, warm_up, decay)
+    """The rate of a step: it warms up, stays at its peak, and falls to zero in a straight line."""
+    share_of_warm_up = (step + 1) / WARM_UP  # above 1 when it is over
+    share_of_decay_left = (steps - step) / (DECAY * steps)  # above 1 before it begins
+    return PEAK_LR * min(1, share_of_warm_up, share_of_decay_left)
 
 
 class Trainer:
@@ -83,6 +86,7 @@ class Trainer:
         self.seconds = 0.0  # of one core
 
     def save(self, path: Path) -> None:
+        """Write a checkpoint: all that a stopped training needs to go on."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -93,6 +97,7 @@ class Trainer:
         utils.write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
+        """Go on from a checkpoint that `save` wrote."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -116,9 +121,10 @@ class Trainer:
 
 
 def train(model: nn.Module, split: utils.Split, steps: int, checkpoint: Path) -> float:
-    """Trains `model` for `steps`, and leaves in it the moving average of its weights.
+    """Train `model` for `steps`, and leave in it the moving average of its weights.
 
-    Returns the core-minutes taken, those before an interruption included.
+    Goes on from `checkpoint` where there is one. Returns the core-minutes taken, those before an
+    interruption included.
     """
     trainer = Trainer(model)
     if checkpoint.exists():
@@ -132,73 +138,61 @@ def train(model: nn.Module, split: utils.Split, steps: int, checkpoint: Path) ->
         if trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == steps:
             trainer.seconds = time.process_time() - start
             trainer.save(checkpoint)
-            loss, minutes = sum(losses) / len(losses), trainer.seconds / 60
+            loss = statistics.mean(losses)
+            minutes = trainer.seconds / 60
             print(f"step {trainer.step}: loss {loss:.4f}, {minutes:.1f} min", flush=True)
             losses = []
     model.load_state_dict(trainer.average.module.state_dict())
     return trainer.seconds / 60
 
 
-def save_half(model: nn.Module, path: Path) -> str:
-    """Save the state dict of `model` with its floating-point numbers as float16; its sha256.
-
-    `model` gets the rounded numbers too, as those are the ones to measure.
-    """
-    half = {}
-    for name, value in model.state_dict().items():
-        rounded = value.half() if value.is_floating_point() else value
-        half[name] = rounded.contiguous()
-    utils.write_atomically(path, lambda part: torch.save(half, part))
-    utils.load_weights(model, path)
-    return utils.file_sha256(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, all of it or nothing."""
-    utils.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+def recipe() -> dict[str, object]:
+    """What decides the weights, for the .json."""
+    return {
+        "augmentation": AUGMENTATION,
+        "batch": BATCH,
+        "optimizer": "AdamW",
+        "peak_lr": PEAK_LR,
+        "weight_decay": WEIGHT_DECAY,
+        "warm_up_steps": WARM_UP,
+        "share_of_decay": DECAY,
+        "label_smoothing": SMOOTHING,
+        "dropout": DROPOUT,
+        "ema_decay": EMA_DECAY,
+    }
 
 
 def main() -> None:
+    """Train g, measure it on real and on rendered crops, and replace the committed weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=utils.OFFLINE / "weights")
-    arguments = parser.parse_args()
-    target = arguments.out / "street_classifier.pt"
-    torch.set_num_threads(1)
+    parser.add_argument("--steps", type=int, default=STEPS, help="replaces the weights too if few")
+    steps = parser.parse_args().steps
+    torch.set_num_threads(1)  # the same sums in the same order
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     street = utils.load_svhn()
+
     torch.manual_seed(0)
     model = notebook.StreetClassifier(dropout=DROPOUT)
     checkpoint = utils.runs_folder() / "street_classifier_checkpoint.pt"
-    minutes = train(model, street.train, arguments.steps, checkpoint)
-    sha256 = save_half(model, target)
-    rendered = utils.svhn_stand_in()
+    minutes = train(model, street.train, steps, checkpoint)
+    sha256 = round_and_save(model, TARGET)
+
+    accuracy = {}
+    for data in (street, utils.svhn_stand_in()):
+        accuracy[data.name] = round(utils.percent_right(model, data.test, CPU), 2)
     record = {
-        "accuracy": {
-            data.name: round(utils.percent_right(model, data.test, CPU), 2)
-            for data in (street, rendered)
-        },
+        "accuracy": accuracy,
         "trained_on": utils.describe_size(street),
-        "recipe": {
-            "augmentation": AUGMENTATION,
-            "batch": BATCH,
-            "optimizer": "AdamW",
-            "peak_lr": PEAK_LR,
-            "weight_decay": WEIGHT_DECAY,
-            "warm_up_steps": WARM_UP,
-            "share_of_decay": DECAY,
-            "label_smoothing": SMOOTHING,
-            "dropout": DROPOUT,
-            "ema_decay": EMA_DECAY,
-        },
-        "steps": arguments.steps,
-        "epochs": round(arguments.steps * BATCH / len(street.train), 1),
+        "recipe": recipe(),
+        "steps": steps,
+        "epochs": round(steps * BATCH / len(street.train), 1),
         "core_minutes": round(minutes, 1),
         "machine": utils.machine(),
         "sha256": sha256,
     }
-    write_text(target.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    text = json.dumps(record, indent=1) + "\n"
+    write_text(TARGET.with_suffix(".json"), text)
+    print(text)
 
 
 if __name__ == "__main__":

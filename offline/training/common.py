@@ -1,0 +1,41 @@
+"""What both scripts that train the committed weights need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import utils
+from tools.notebook import load_definitions
+
+notebook = load_definitions()
+
+CPU = torch.device("cpu")
+
+
+def round_and_save(model: nn.Module, path: Path) -> str:
+    """Round the weights of `model` to float16, save them to `path`, and return the file's sha256.
+
+    `model` is left in eval mode with the rounded numbers, as those are the ones to measure.
+    """
+    half = {}
+    for name, value in model.state_dict().items():
+        rounded = value.half() if value.is_floating_point() else value
+        half[name] = rounded.contiguous()
+
+    def write(part: Path) -> None:
+        # Given a path, torch.save writes its name into the file, and the temporary name is
+        # another one in each process: the same weights would get another sha256.
+        with part.open("wb") as file:
+            torch.save(half, file)
+
+    utils.write_atomically(path, write)
+    utils.load_weights(model, path)
+    return utils.file_sha256(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, all of it or nothing."""
+    utils.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
