@@ -752,7 +752,7 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
 
 
 @dataclass(frozen=True)
-class Generator:
+class ImageGenerator:
     """model(z: N x z_dim, c: N x classes, truncation): N x 3 x size x size in -1..1; eval mode."""
 
     model: nn.Module
@@ -763,7 +763,7 @@ class Generator:
     size: int
 
 
-def load_biggan_deep(name: str, device: torch.device) -> Generator:
+def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
     """DeepMind's 'biggan-deep-256' or '-128' on ImageNet (Brock et al. 2019), about 0.2 GB.
 
     Raises ImportError without pytorch-pretrained-biggan, DataError without the file, RuntimeError
@@ -787,10 +787,10 @@ def load_biggan_deep(name: str, device: torch.device) -> Generator:
     side = config.output_dim
     title = f"BigGAN-deep {side} x {side} (ImageNet, DeepMind's weights)"
     names = list(ResNet18_Weights.DEFAULT.meta["categories"])  # ImageNet's, in index order
-    return Generator(model, name, title, names, config.z_dim, side)
+    return ImageGenerator(model, name, title, names, config.z_dim, side)
 
 
-def load_digit_generator(device: torch.device) -> Generator:
+def load_digit_generator(device: torch.device) -> ImageGenerator:
     """The digit BigGAN that offline/training/train_digit_biggan.py trained, 32 x 32.
 
     Raises DataError without the folder offline/, ImportError without pytorch-pretrained-biggan.
@@ -801,10 +801,10 @@ def load_digit_generator(device: torch.device) -> Generator:
     model = digit_biggan.load_digit_biggan(device).requires_grad_(False)
     title = "digit BigGAN 32 x 32 (trained in this project)"
     classes = list(digit_biggan.DIGIT_CLASSES)
-    return Generator(model, "biggan-digits-32", title, classes, digit_biggan.Z_DIM, 32)
+    return ImageGenerator(model, "biggan-digits-32", title, classes, digit_biggan.Z_DIM, 32)
 
 
-def load_generator(name: str, device: torch.device) -> Generator:
+def load_generator(name: str, device: torch.device) -> ImageGenerator:
     """The generator of that name. Raises ValueError that lists the names, or as its loader."""
     if name == "digits":
         return load_digit_generator(device)
@@ -813,7 +813,7 @@ def load_generator(name: str, device: torch.device) -> Generator:
     raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
 
 
-def load_biggan(name: str, profile: str, device: torch.device) -> tuple[Generator | None, str]:
+def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGenerator | None, str]:
     """The generator of that name, or with 'auto' the best that can be had, or None.
 
     'auto': BigGAN-deep in a full run that may use the network, then the digit model of offline/.

@@ -33,8 +33,8 @@ def random_biggan() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def gan() -> utils.Generator:
-    return utils.Generator(random_biggan(), "random", "random weights", DIGIT_CLASSES, 8, 32)
+def gan() -> utils.ImageGenerator:
+    return utils.ImageGenerator(random_biggan(), "random", "random weights", DIGIT_CLASSES, 8, 32)
 
 
 # ---- interpolation ----

@@ -7,6 +7,7 @@ then on the committed one. One slow test runs the whole notebook.
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import venv
 import zipfile
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -237,6 +239,14 @@ def test_every_figure_is_saved(committed):
 def test_the_committed_results_are_of_a_full_run_and_all_its_claims_hold(committed, results):
     assert tool.results_faults(results) == []
     assert sorted(map(one_line, results["claims"])) == sorted(claim_sentences(committed))
+
+
+def test_the_claims_follow_from_the_results_of_the_run(committed, results):
+    known = results["claims"]
+    names = {"results": results, "claims": {}, "np": np, "math": math}
+    for cell in tool.tagged(committed, "claims"):
+        exec(cell.source, names)
+    assert {claim: bool(holds) for claim, holds in names["claims"].items()} == known
 
 
 def test_the_readme_shows_the_answers_of_the_run(committed, results):

@@ -284,6 +284,30 @@ def test_a_command_line_that_is_none_gets_the_usage(arguments):
         tool.main(arguments)
 
 
+def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(project, run_of):
+    (project / "utils.py").touch()
+    run = run_of(RESULTS)
+    claim = "claims |= {'It took ten minutes': results['run']['wall_seconds'] == SECONDS}"
+    judged = "results['claims'] = claims\nprint(claims)"
+
+    def cells(seconds):
+        source = claim.replace("SECONDS", str(seconds))
+        return [code(source, "claims", count=3), code(judged, "claims-table", count=4)]
+
+    write_notebook(run, *executed_cells(), *cells(1))
+    text = nbformat.v4.new_markdown_cell("text, corrected")
+    shown = [code("show()", "answers"), code("print(text)"), text]
+    write_notebook(tool.NOTEBOOK, *shown, *cells(2))
+    with pytest.raises(SystemExit, match="does not hold: It took ten minutes"):
+        tool.publish(run)
+    write_notebook(tool.NOTEBOOK, *shown, *cells(600))
+    tool.publish(run)
+    results = json.loads((project / "figures" / "results.json").read_text(encoding="utf-8"))
+    assert results["claims"] == {"It took ten minutes": True}
+    table = tool.only_tagged(tool.read(tool.NOTEBOOK), "claims-table")
+    assert "It took ten minutes" in table.outputs[0].text
+
+
 # ---- requirements ----
 
 INSTALLED_AS = {"sklearn": "scikit-learn", "pypandoc": "pypandoc-binary"}

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -406,27 +406,32 @@ def form_title(cell: NotebookNode) -> str:
 def publish(executed: Path) -> None:
     """Make an executed notebook the committed one, with its figures, results and README table.
 
-    The text is the committed notebook's; its code must be that of the run. Raises SystemExit with
-    every reason why a run cannot be published.
+    The text is the committed notebook's; its code must be that of the run. Text and claims may be
+    corrected after a run: the claims are then evaluated again, from the run's results. Raises
+    SystemExit with every reason why a run cannot be published.
     """
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     for path in (executed, figures / "results.json"):
         require_of_run(path)
     committed, notebook = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
-    faults = [*results_faults(results), *output_faults(notebook)]
+    faults = output_faults(notebook)
     if code_of(committed) != code_of(notebook):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
+    else:
+        take_outputs(committed, notebook)
+        if sources(tagged(committed, "claims")) != sources(tagged(notebook, "claims")):
+            judge_claims(committed, results)
+    faults += results_faults(results)
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
 
     text = readme_with(answers_table(notebook), results)
-    for cell, executed_cell in zip(code_cells(committed), code_cells(notebook), strict=True):
-        cell.outputs = executed_cell.outputs
-        cell.execution_count = executed_cell.execution_count
     save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
+    results_text = json.dumps(results, indent=1) + "\n"
+    (ROOT / "figures" / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
     (ROOT / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -437,8 +442,42 @@ def require_of_run(path: Path) -> None:
 
 
 def code_of(notebook: NotebookNode) -> list[str]:
-    """The texts of the code cells, in order."""
-    return [cell.source for cell in code_cells(notebook)]
+    """The texts of the code cells, in order; those of the claims count as text."""
+    return sources(cell for cell in code_cells(notebook) if "claims" not in tags(cell))
+
+
+def sources(cells: Iterable[NotebookNode]) -> list[str]:
+    """The texts of cells."""
+    return [cell.source for cell in cells]
+
+
+def take_outputs(committed: NotebookNode, executed: NotebookNode) -> None:
+    """Give the code cells of `committed` the outputs of those of `executed`."""
+    for cell, executed_cell in zip(code_cells(committed), code_cells(executed), strict=True):
+        cell.outputs = executed_cell.outputs
+        cell.execution_count = executed_cell.execution_count
+
+
+def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> None:
+    """Evaluate the claims of `notebook` from the results of a run.
+
+    The cells tagged `claims` read nothing but `results`. Changes results["claims"] and the output
+    of the cell tagged `claims-table`.
+    """
+    begin = (
+        f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
+    )
+    table = only_tagged(notebook, "claims-table")
+    texts = [begin, *sources(tagged(notebook, "claims")), table.source]
+    texts.append("print(json.dumps(results['claims']))")
+    trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+    client = nbclient.NotebookClient(
+        trial, kernel_name="python3", extra_arguments=["--log-level=ERROR"]
+    )
+    client.execute(cwd=str(ROOT))
+    *_, judged, printed = trial.cells
+    table.outputs = judged.outputs
+    results["claims"] = json.loads(printed.outputs[0].text)
 
 
 def results_faults(results: dict[str, Any]) -> list[str]:
