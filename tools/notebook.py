@@ -567,7 +567,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def readme_with(table: str, results: dict[str, Any]) -> str:
-    """README.md with `table` and the facts of its run between the two marks.
+    """README.md with `table` and the facts of its run between their two marks.
 
     Raises SystemExit where README.md lacks a mark.
     """
@@ -581,12 +581,17 @@ def readme_with(table: str, results: dict[str, Any]) -> str:
         f"{run_facts['jobs']} trainings at once: {results['machine']}"
     )
     notes = "\n".join(f"- {fact}." for fact in facts)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if README_START not in text or README_END not in text:
-        raise SystemExit(f"README.md must hold the lines {README_START} and {README_END}.")
-    before = text.partition(README_START)[0]
-    after = text.partition(README_END)[2]
-    return f"{before}{README_START}\n\n{table}\n\n{notes}\n\n{README_END}{after}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return between(readme, README_START, f"{table}\n\n{notes}", README_END)
+
+
+def between(text: str, start: str, content: str, end: str) -> str:
+    """`text` with `content` between two lines. Raises SystemExit where one of them is missing."""
+    if start not in text or end not in text:
+        raise SystemExit(f"README.md must hold the lines {start} and {end}.")
+    before = text.partition(start)[0]
+    after = text.partition(end)[2]
+    return f"{before}{start}\n\n{content}\n\n{end}{after}"
 
 
 def print_results(executed: Path) -> None:
