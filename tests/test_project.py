@@ -284,6 +284,23 @@ def test_a_command_line_that_is_none_gets_the_usage(arguments):
         tool.main(arguments)
 
 
+def test_a_change_of_what_utils_runs_is_other_code_and_one_of_words_or_the_pdf_is_not():
+    def runs(*changes):
+        module = (
+            '"""Words."""\ndef f():\n    """Doc."""\n    return 1\n\n# ---- PDF ----\n\nx = 1\n'
+        )
+        for old, new in changes:
+            module = module.replace(old, new)
+        helper = code(tool.helper_cell(module), "helper-module")
+        return tool.code_of(nbformat.v4.new_notebook(cells=[helper]))
+
+    assert runs() == runs(
+        ("Words", "Others"), ("Doc", "Other"), ("x = 1", "x = 2"), ("1\n\n", "1  # a\n\n")
+    )
+    assert runs() != runs(("return 1", "return 2"))
+    assert runs() != runs(("f()", "g()"))
+
+
 def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(project, run_of):
     (project / "utils.py").touch()
     run = run_of(RESULTS)

@@ -8,6 +8,7 @@ python tools/notebook.py results [RUN]      print the table of answers of an exe
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -34,6 +35,8 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
+PDF_SECTION = "# ---- PDF ----"  # of utils.py, its last
+WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
 README_END = "<!-- end of results -->"
 LANGUAGE = {
@@ -406,9 +409,10 @@ def form_title(cell: NotebookNode) -> str:
 def publish(executed: Path) -> None:
     """Make an executed notebook the committed one, with its figures, results and README table.
 
-    The text is the committed notebook's; its code must be that of the run. Text and claims may be
-    corrected after a run: the claims are then evaluated again, from the run's results. Raises
-    SystemExit with every reason why a run cannot be published.
+    The text is the committed notebook's; its code must be that of the run. After a run one may
+    still correct text, the comments, docstrings and PDF export of utils.py, and claims, which are
+    then evaluated again from the run's results. Raises SystemExit with every reason why a run
+    cannot be published.
     """
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     for path in (executed, figures / "results.json"):
@@ -442,8 +446,25 @@ def require_of_run(path: Path) -> None:
 
 
 def code_of(notebook: NotebookNode) -> list[str]:
-    """The texts of the code cells, in order; those of the claims count as text."""
-    return sources(cell for cell in code_cells(notebook) if "claims" not in tags(cell))
+    """What a run executes of the code cells, in order; the cells of the claims count as text."""
+    code = []
+    for cell in code_cells(notebook):
+        if "helper-module" in tags(cell):
+            code.append(code_that_runs(cell.source))
+        elif "claims" not in tags(cell):
+            code.append(cell.source)
+    return code
+
+
+def code_that_runs(helper: str) -> str:
+    """The helper cell without what no run executes: comments, docstrings, and the PDF export."""
+    before, _, rest = helper.partition(QUOTES)
+    module, _, after = rest.rpartition(QUOTES)
+    tree = ast.parse(module.partition(PDF_SECTION)[0])
+    for node in ast.walk(tree):
+        if isinstance(node, WITH_DOCSTRING) and ast.get_docstring(node):
+            del node.body[0]
+    return before + ast.dump(tree) + after
 
 
 def sources(cells: Iterable[NotebookNode]) -> list[str]:
