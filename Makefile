@@ -56,8 +56,8 @@ sync: $(READY)  # after a change of utils.py
 publish: $(READY)  # make the last run the committed one
 	$(BIN)/python tools/notebook.py publish $(OUT)
 
-bench: $(READY)  # minutes; make bench FULL=--full takes longer
-	$(BIN)/python -m offline.training.bench $(FULL)
+bench: $(READY)  # minutes; make bench ARGS=--full trains the starter too, 20 minutes a data set
+	$(BIN)/python -m offline.training.bench $(ARGS)
 
 clean:
 	rm -rf build runs .venv $(LOWEST)
