@@ -2074,7 +2074,13 @@ class TypstPDFExporter(HTMLExporter):
             self.convert_parts([part])
             if not self.compile_typst(part.typst)[0]:
                 self.note(part.cell, "shown as source, as it cannot be set")
-                part.typst = f"#raw({typst_string(part.page.get_text())}, block: true)"
+                part.typst = f"#raw({typst_string(self.plain_text(part))}, block: true)"
+
+    def plain_text(self, part: Part) -> str:
+        """The words of a part, with each formula as it was typed in the place of its mark."""
+        words = part.page.get_text()
+        mark = r"⟦formula (\d+)⟧"
+        return re.sub(mark, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
 
     def name_letters(self, problem: str, parts: list[Part]) -> str:
         """Note letters that no font has; Typst text that puts names in the place of symbols."""
@@ -2175,11 +2181,12 @@ def figure_html(kind: str, content: str, caption: str) -> str:
 
 def mend_links(pages: list[BeautifulSoup]) -> None:
     """Let links lead to headings; of broken and very long ones only the words stay."""
+    headings = [heading for page in pages for heading in page(re.compile(r"^h[1-6]$"))]
     ids = {}
-    for page in pages:
-        for heading in page(re.compile(r"^h[1-6]$")):
-            heading["id"] = f"section-{len(ids)}"
-            ids.setdefault(slug(heading.get_text()), heading["id"])
+    for number, heading in enumerate(headings):
+        heading["id"] = f"section-{number}"
+        # Of headings with the same words, links lead to the first.
+        ids.setdefault(slug(heading.get_text()), heading["id"])
     for page in pages:
         for link in page("a"):
             address = link.get("href", "")
