@@ -341,7 +341,7 @@ def wait_for_answer(url: str) -> None:
     try:
         pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
-        return  # an answer; the download will say what is wrong
+        return  # the server is there; the download will say what is wrong
     except urllib.error.URLError as error:  # refused, unknown host, certificate
         if not isinstance(error.reason, ssl.SSLError):
             raise
@@ -407,7 +407,8 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
 def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model") -> Source:
     """A source for `fetch_first`: a file of the Hugging Face hub, saved below `folder`.
 
-    The hub's own client checks the file and resumes a download that was cut.
+    The hub's own client checks the file and resumes a download that was cut. Raises ImportError
+    without huggingface_hub.
     """
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
     from huggingface_hub import hf_hub_download, hf_hub_url
@@ -551,7 +552,7 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
 def real_svhn(part: str) -> Split:
     """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
 
-    Raises DataError.
+    Raises DataError; also ImportError without huggingface_hub, where no file is in A3_DATA_ROOT.
     """
     root = data_root()
     mat = f"{part}_32x32.mat"
@@ -691,7 +692,8 @@ def load_published_g(model: nn.Module) -> None:
     """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
     path = download_once(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
     load_weights(model, path)
-    # Its training data called zero 10, and labels were counted from 1: class k is the digit k + 1.
+    # It was trained on the labels 1 to 10, 10 for zero, counted from 0. So its outputs are for the
+    # digits 1, 2, ..., 9, 0; rolled by one they are for 0, 1, ..., 9.
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.copy_(parameter.roll(1, 0))
@@ -700,7 +702,8 @@ def load_published_g(model: nn.Module) -> None:
 def load_our_g(model: nn.Module) -> None:
     """Fill `model` with the weights that offline/training/train_street_classifier.py made.
 
-    Raises OSError without them, ValueError when they are not those of the .json beside them.
+    Raises OSError without them, ValueError when they are not those of the .json beside them,
+    RuntimeError when they do not fit `model`.
     """
     path = OFFLINE / "weights" / "street_classifier.pt"
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -711,7 +714,10 @@ def load_our_g(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Percent right of `model`, in eval mode; in fp32, so that the processor does not count."""
+    """Percent of `split` that `model` reads right, in fp32 on every machine.
+
+    `model` must be in eval mode and on `device`.
+    """
     chunks = split.images.split(250)
     guesses = [model(to_float(images).to(device)).argmax(1).cpu() for images in chunks]
     return 100 * (torch.cat(guesses) == split.labels).float().mean().item()
@@ -753,7 +759,11 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """model(z: N x z_dim, c: N x classes, truncation): N x 3 x size x size in -1..1; eval mode."""
+    """A trained generator of images, in eval mode, and its sizes.
+
+    `model(z, c, truncation)`, with z N x z_dim and c N x classes, gives N x 3 x size x size in
+    -1..1.
+    """
 
     model: nn.Module
     name: str
@@ -805,7 +815,10 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 
 
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
-    """The generator of that name. Raises ValueError that lists the names, or as its loader."""
+    """The generator of that name, which is not 'auto' (see `load_biggan`).
+
+    Raises ValueError for a name that is not known, or what the generator's loader raises.
+    """
     if name == "digits":
         return load_digit_generator(device)
     if name in ("biggan-deep-256", "biggan-deep-128"):
@@ -814,11 +827,10 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 
 
 def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGenerator | None, str]:
-    """The generator of that name, or with 'auto' the best that can be had, or None.
+    """The generator and, with 'auto', why no better one could be had ("" for the best).
 
-    'auto': BigGAN-deep in a full run that may use the network, then the digit model of offline/.
-    Also returns why not a better one, "" where there is none better. Raises an error for a name
-    that cannot be had, none for 'auto'.
+    'auto' tries BigGAN-deep (only in a full run that may use the network), then the digit BigGAN of
+    offline/, and gives None if all fail. Any other name is loaded or raises an error.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -850,14 +862,16 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, and ask cuDNN for repeatable kernels."""
+    """Seed torch, not Python's random and not numpy, and ask cuDNN for repeatable kernels."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
 
 # One dict an epoch: 'epoch', 'seconds', the training's means ('train_loss', ...), evaluations.
 History = list[dict[str, float]]
-SECONDS_BETWEEN_SAVES = 10  # Drive keeps each version of a file for 30 days
+# A checkpoint is not saved after each short epoch: Google Drive keeps every version of a file for
+# 30 days, which would fill it.
+SECONDS_BETWEEN_SAVES = 10
 
 
 @dataclass
@@ -876,7 +890,7 @@ class Plan:
 
     name: for people, 'SVHN, augmented, seed 1'. steps: batches an epoch. schedule: 'constant', or
     'onecycle' (Smith and Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is
-    plain Adam. evaluate(model): figures after each epoch.
+    plain Adam. evaluate(model): further numbers of each epoch, by name, for the history.
     """
 
     name: str
@@ -905,7 +919,10 @@ _run = Run()
 
 
 def start_run(profile: str, *data_names: str) -> None:
-    """Show the first line of a run: its profile, data, machine and precision."""
+    """Begin a run: forget the last one's times and stored trainings, and show the first line.
+
+    That line names the profile, data, machine and precision.
+    """
     global _run
     dtype = str(precision(default_device())).removeprefix("torch.")
     data = " and ".join(data_names)
@@ -925,11 +942,14 @@ def stage_seconds() -> dict[str, float]:
 
 
 def new_training(model: nn.Module, plan: Plan) -> Training:
-    """Optimizer, schedule and scaler for `model`. ValueError for a schedule that is not known."""
+    """Optimizer, schedule and scaler for `model`.
+
+    Raises ValueError for a schedule that is not known, and for epochs or steps below 1.
+    """
     if plan.epochs < 1 or plan.steps < 1:
         raise ValueError(f"{plan.name}: epochs={plan.epochs}, steps={plan.steps}: at least 1 each.")
     device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    model.to(memory_format=torch.channels_last)  # faster; same numbers but for rounding
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=plan.lr,
@@ -1007,11 +1027,18 @@ def fit(
 ) -> History:
     """Train `model` by the notebook's loop `train_epoch`, with AdamW; continue a stored training.
 
-    batches(epoch) yields `plan.steps` batches, always the same ones. The file in `runs_folder` is
-    named after a fingerprint of everything that decides the numbers, so what is changed trains
-    again. An error or an interrupt costs the epoch in work and at most ten seconds of epochs before
-    it. Raises FloatingPointError when the loss is not finite.
+    train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
+    means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
+    batches(epoch) yields `plan.steps` batches, the same ones whenever it is asked for that epoch.
+
+    The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
+    handed over, so what is changed trains again. The device, its automatic precision, versions of
+    packages and the code of `fit` itself do not count. An error or an interrupt loses the current
+    epoch, and of the finished ones those of the last ten seconds at most.
+
+    Raises FloatingPointError when the loss is not finite.
     """
+    # What `fit` itself uses, and the arguments do not reach.
     own = [new_training, seed_everything, epoch_seed, setting("A3_PRECISION")]
     key = fingerprint(train_epoch, model, batches, loss_fn, plan, own)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
@@ -1062,9 +1089,10 @@ def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
 # Fingerprints
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the project's functions and classes by their source text and by
-# what that text uses. Memory addresses, the project's folder and devices do not count, as they
-# change from one machine to the next; byte code counts only for what has no text of its own.
+# parts reach: values by content, the project's functions by their source text, its classes by their
+# members, and both by all that these use. Memory addresses, the project's folder and devices do not
+# count, as they change from one machine to the next; byte code counts only for what has no text of
+# its own.
 
 
 def fingerprint(*parts: object) -> str:
@@ -1100,8 +1128,8 @@ def describe(part: object) -> bytes | list:
 
     This one is for instances without a rule of their own: what pickle would store of them.
     """
-    # First, as pickle stores only the name of a function with functools.cache, and refuses
-    # classmethod and staticmethod.
+    # What wraps a function: pickle keeps only its name (functools.cache) or refuses it (classmethod
+    # and staticmethod).
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
     try:
@@ -1197,7 +1225,8 @@ def describe_code(part: CodeType) -> list:
 def is_ours(module: str | None) -> bool:
     """Whether a module is the project's own: not Python's and not an installed package's."""
     top = (module or "__main__").partition(".")[0]
-    if top == "__main__":  # a notebook's or script's; in a worker, __main__ itself is another
+    # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
+    if top == "__main__":
         return True
     if top in sys.stdlib_module_names:
         return False
@@ -1207,7 +1236,7 @@ def is_ours(module: str | None) -> bool:
 
 def is_written(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):
+    if not name.startswith("__"):  # a plain name: all are, but for the one that abc adds
         return name != "_abc_impl"
     if not isinstance(member, FunctionType):
         return False
@@ -1217,7 +1246,10 @@ def is_written(name: str, member: object) -> bool:
 
 
 def source_text(code: CodeType) -> str | None:
-    """The text that `code` was compiled from, or None where there is none of its own."""
+    """The text of `code` in its file as it is now, or None where there is none of its own.
+
+    So restart the kernel after a change of a .py file: until then the old code goes on to run.
+    """
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename)
     first = code.co_firstlineno
@@ -1282,8 +1314,8 @@ WORKER_SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finished epoch
-# Minutes of each stage of the notebook, by its title, on one machine: from the ratios and the first
-# epochs of the first stage, the time of the whole run is known on any machine.
+# Minutes of each stage that every run has, by its title, on one machine: from the ratios and the
+# first epochs of the first stage, the time of the whole run is known on any machine.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
         "1 (b) recipes": 2.0,
@@ -1346,8 +1378,9 @@ def free_memory() -> float:
 
 
 def n_jobs() -> int:
-    """How many trainings run at once: A3_JOBS, else one on a GPU, else one a core that fits.
+    """How many trainings run at once: A3_JOBS, else one on a GPU, else one on each core.
 
+    There are no more than memory allows, unless A3_JOBS asks for them.
     Raises ValueError as `jobs_setting`.
     """
     chosen = jobs_setting()
@@ -1360,7 +1393,7 @@ def n_jobs() -> int:
 
 
 class Progress:
-    """Tells the bar of `run_parallel`, by the task's file, which epochs of a task are finished."""
+    """Tells the bar of `run_parallel`, by the task's file, how many epochs of a task are over."""
 
     def __init__(self) -> None:
         self.file: Path | None = None
@@ -1380,6 +1413,7 @@ class Progress:
             file.write(mark * count)
 
     def finish(self) -> None:
+        """The task ended: count the epochs that it did not train, so that the bar can get full."""
         self.advance(self.epochs_left)
         self.file = None
 
@@ -1438,11 +1472,12 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     executor = get_reusable_executor(
         max_workers=jobs,
-        env=WORKER_SETTINGS | settings,  # other settings start other workers
+        env=WORKER_SETTINGS | settings,  # where these changed, loky starts new workers
         job_reducers={CodeType: pack_code},
         result_reducers={CodeType: pack_code},
     )
-    # A notebook's cells are no files: workers need their text, for fingerprints.
+    # A notebook's cells are no files: workers need their text, for fingerprints. An entry is (size,
+    # time of the file, lines, name), the time None for a cell; a shorter one is not loaded yet.
     cached = linecache.cache.items()
     cells = {name: entry for name, entry in cached if len(entry) == 4 and entry[1] is None}
     waiting = list(tasks)
@@ -1450,6 +1485,7 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     results = {}
     try:
         while waiting or running:
+            # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
                 running[executor.submit(run_in_worker, tasks[key], cells)] = key
@@ -1525,7 +1561,8 @@ class StageDisplay:
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
-        # disable=None: no bar in a log file
+        # disable=None: no bar where the file says that it is no terminal, as a log file does.
+        # DisplayStream does not say, so a notebook has its bar.
         self.bar = tqdm(
             total=self.epochs, desc=self.title, unit="epoch", file=file, leave=False, disable=None
         )
