@@ -341,7 +341,7 @@ def wait_for_answer(url: str) -> None:
     try:
         pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
-        return  # an answer; the download will say what is wrong
+        return  # the server is there; the download will say what is wrong
     except urllib.error.URLError as error:  # refused, unknown host, certificate
         if not isinstance(error.reason, ssl.SSLError):
             raise
@@ -407,7 +407,8 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
 def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model") -> Source:
     """A source for `fetch_first`: a file of the Hugging Face hub, saved below `folder`.
 
-    The hub's own client checks the file and resumes a download that was cut.
+    The hub's own client checks the file and resumes a download that was cut. Raises ImportError
+    without huggingface_hub.
     """
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
     from huggingface_hub import hf_hub_download, hf_hub_url
@@ -551,7 +552,7 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
 def real_svhn(part: str) -> Split:
     """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
 
-    Raises DataError.
+    Raises DataError; also ImportError without huggingface_hub, where no file is in A3_DATA_ROOT.
     """
     root = data_root()
     mat = f"{part}_32x32.mat"
@@ -691,7 +692,8 @@ def load_published_g(model: nn.Module) -> None:
     """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
     path = download_once(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
     load_weights(model, path)
-    # Its training data called zero 10, and labels were counted from 1: class k is the digit k + 1.
+    # It was trained on the labels 1 to 10, 10 for zero, counted from 0. So its outputs are for the
+    # digits 1, 2, ..., 9, 0; rolled by one they are for 0, 1, ..., 9.
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.copy_(parameter.roll(1, 0))
@@ -700,7 +702,8 @@ def load_published_g(model: nn.Module) -> None:
 def load_our_g(model: nn.Module) -> None:
     """Fill `model` with the weights that offline/training/train_street_classifier.py made.
 
-    Raises OSError without them, ValueError when they are not those of the .json beside them.
+    Raises OSError without them, ValueError when they are not those of the .json beside them,
+    RuntimeError when they do not fit `model`.
     """
     path = OFFLINE / "weights" / "street_classifier.pt"
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -711,7 +714,10 @@ def load_our_g(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Percent right of `model`, in eval mode; in fp32, so that the processor does not count."""
+    """Percent of `split` that `model` reads right, in fp32 on every machine.
+
+    `model` must be in eval mode and on `device`.
+    """
     chunks = split.images.split(250)
     guesses = [model(to_float(images).to(device)).argmax(1).cpu() for images in chunks]
     return 100 * (torch.cat(guesses) == split.labels).float().mean().item()
@@ -753,7 +759,11 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """model(z: N x z_dim, c: N x classes, truncation): N x 3 x size x size in -1..1; eval mode."""
+    """A trained generator of images, in eval mode, and its sizes.
+
+    `model(z, c, truncation)`, with z N x z_dim and c N x classes, gives N x 3 x size x size in
+    -1..1.
+    """
 
     model: nn.Module
     name: str
@@ -805,7 +815,10 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 
 
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
-    """The generator of that name. Raises ValueError that lists the names, or as its loader."""
+    """The generator of that name, which is not 'auto' (see `load_biggan`).
+
+    Raises ValueError for a name that is not known, or what the generator's loader raises.
+    """
     if name == "digits":
         return load_digit_generator(device)
     if name in ("biggan-deep-256", "biggan-deep-128"):
@@ -814,11 +827,10 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 
 
 def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGenerator | None, str]:
-    """The generator of that name, or with 'auto' the best that can be had, or None.
+    """The generator and, with 'auto', why no better one could be had ("" for the best).
 
-    'auto': BigGAN-deep in a full run that may use the network, then the digit model of offline/.
-    Also returns why not a better one, "" where there is none better. Raises an error for a name
-    that cannot be had, none for 'auto'.
+    'auto' tries BigGAN-deep (only in a full run that may use the network), then the digit BigGAN of
+    offline/, and gives None if all fail. Any other name is loaded or raises an error.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -850,14 +862,16 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, and ask cuDNN for repeatable kernels."""
+    """Seed torch, not Python's random and not numpy, and ask cuDNN for repeatable kernels."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
 
 # One dict an epoch: 'epoch', 'seconds', the training's means ('train_loss', ...), evaluations.
 History = list[dict[str, float]]
-SECONDS_BETWEEN_SAVES = 10  # Drive keeps each version of a file for 30 days
+# A checkpoint is not saved after each short epoch: Google Drive keeps every version of a file for
+# 30 days, which would fill it.
+SECONDS_BETWEEN_SAVES = 10
 
 
 @dataclass
@@ -876,7 +890,7 @@ class Plan:
 
     name: for people, 'SVHN, augmented, seed 1'. steps: batches an epoch. schedule: 'constant', or
     'onecycle' (Smith and Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is
-    plain Adam. evaluate(model): figures after each epoch.
+    plain Adam. evaluate(model): further numbers of each epoch, by name, for the history.
     """
 
     name: str
@@ -905,7 +919,10 @@ _run = Run()
 
 
 def start_run(profile: str, *data_names: str) -> None:
-    """Show the first line of a run: its profile, data, machine and precision."""
+    """Begin a run: forget the last one's times and stored trainings, and show the first line.
+
+    That line names the profile, data, machine and precision.
+    """
     global _run
     dtype = str(precision(default_device())).removeprefix("torch.")
     data = " and ".join(data_names)
@@ -925,11 +942,14 @@ def stage_seconds() -> dict[str, float]:
 
 
 def new_training(model: nn.Module, plan: Plan) -> Training:
-    """Optimizer, schedule and scaler for `model`. ValueError for a schedule that is not known."""
+    """Optimizer, schedule and scaler for `model`.
+
+    Raises ValueError for a schedule that is not known, and for epochs or steps below 1.
+    """
     if plan.epochs < 1 or plan.steps < 1:
         raise ValueError(f"{plan.name}: epochs={plan.epochs}, steps={plan.steps}: at least 1 each.")
     device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    model.to(memory_format=torch.channels_last)  # faster; same numbers but for rounding
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=plan.lr,
@@ -1007,11 +1027,18 @@ def fit(
 ) -> History:
     """Train `model` by the notebook's loop `train_epoch`, with AdamW; continue a stored training.
 
-    batches(epoch) yields `plan.steps` batches, always the same ones. The file in `runs_folder` is
-    named after a fingerprint of everything that decides the numbers, so what is changed trains
-    again. An error or an interrupt costs the epoch in work and at most ten seconds of epochs before
-    it. Raises FloatingPointError when the loss is not finite.
+    train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
+    means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
+    batches(epoch) yields `plan.steps` batches, the same ones whenever it is asked for that epoch.
+
+    The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
+    handed over, so what is changed trains again. The device, its automatic precision, versions of
+    packages and the code of `fit` itself do not count. An error or an interrupt loses the current
+    epoch, and of the finished ones those of the last ten seconds at most.
+
+    Raises FloatingPointError when the loss is not finite.
     """
+    # What `fit` itself uses, and the arguments do not reach.
     own = [new_training, seed_everything, epoch_seed, setting("A3_PRECISION")]
     key = fingerprint(train_epoch, model, batches, loss_fn, plan, own)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
@@ -1062,9 +1089,10 @@ def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
 # Fingerprints
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the project's functions and classes by their source text and by
-# what that text uses. Memory addresses, the project's folder and devices do not count, as they
-# change from one machine to the next; byte code counts only for what has no text of its own.
+# parts reach: values by content, the project's functions by their source text, its classes by their
+# members, and both by all that these use. Memory addresses, the project's folder and devices do not
+# count, as they change from one machine to the next; byte code counts only for what has no text of
+# its own.
 
 
 def fingerprint(*parts: object) -> str:
@@ -1100,8 +1128,8 @@ def describe(part: object) -> bytes | list:
 
     This one is for instances without a rule of their own: what pickle would store of them.
     """
-    # First, as pickle stores only the name of a function with functools.cache, and refuses
-    # classmethod and staticmethod.
+    # What wraps a function: pickle keeps only its name (functools.cache) or refuses it (classmethod
+    # and staticmethod).
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
     try:
@@ -1197,7 +1225,8 @@ def describe_code(part: CodeType) -> list:
 def is_ours(module: str | None) -> bool:
     """Whether a module is the project's own: not Python's and not an installed package's."""
     top = (module or "__main__").partition(".")[0]
-    if top == "__main__":  # a notebook's or script's; in a worker, __main__ itself is another
+    # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
+    if top == "__main__":
         return True
     if top in sys.stdlib_module_names:
         return False
@@ -1207,7 +1236,7 @@ def is_ours(module: str | None) -> bool:
 
 def is_written(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):
+    if not name.startswith("__"):  # a plain name: all are, but for the one that abc adds
         return name != "_abc_impl"
     if not isinstance(member, FunctionType):
         return False
@@ -1217,7 +1246,10 @@ def is_written(name: str, member: object) -> bool:
 
 
 def source_text(code: CodeType) -> str | None:
-    """The text that `code` was compiled from, or None where there is none of its own."""
+    """The text of `code` in its file as it is now, or None where there is none of its own.
+
+    So restart the kernel after a change of a .py file: until then the old code goes on to run.
+    """
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename)
     first = code.co_firstlineno
@@ -1282,8 +1314,8 @@ WORKER_SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finished epoch
-# Minutes of each stage of the notebook, by its title, on one machine: from the ratios and the first
-# epochs of the first stage, the time of the whole run is known on any machine.
+# Minutes of each stage that every run has, by its title, on one machine: from the ratios and the
+# first epochs of the first stage, the time of the whole run is known on any machine.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
         "1 (b) recipes": 2.0,
@@ -1346,8 +1378,9 @@ def free_memory() -> float:
 
 
 def n_jobs() -> int:
-    """How many trainings run at once: A3_JOBS, else one on a GPU, else one a core that fits.
+    """How many trainings run at once: A3_JOBS, else one on a GPU, else one on each core.
 
+    There are no more than memory allows, unless A3_JOBS asks for them.
     Raises ValueError as `jobs_setting`.
     """
     chosen = jobs_setting()
@@ -1360,7 +1393,7 @@ def n_jobs() -> int:
 
 
 class Progress:
-    """Tells the bar of `run_parallel`, by the task's file, which epochs of a task are finished."""
+    """Tells the bar of `run_parallel`, by the task's file, how many epochs of a task are over."""
 
     def __init__(self) -> None:
         self.file: Path | None = None
@@ -1380,6 +1413,7 @@ class Progress:
             file.write(mark * count)
 
     def finish(self) -> None:
+        """The task ended: count the epochs that it did not train, so that the bar can get full."""
         self.advance(self.epochs_left)
         self.file = None
 
@@ -1438,11 +1472,12 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     executor = get_reusable_executor(
         max_workers=jobs,
-        env=WORKER_SETTINGS | settings,  # other settings start other workers
+        env=WORKER_SETTINGS | settings,  # where these changed, loky starts new workers
         job_reducers={CodeType: pack_code},
         result_reducers={CodeType: pack_code},
     )
-    # A notebook's cells are no files: workers need their text, for fingerprints.
+    # A notebook's cells are no files: workers need their text, for fingerprints. An entry is (size,
+    # time of the file, lines, name), the time None for a cell; a shorter one is not loaded yet.
     cached = linecache.cache.items()
     cells = {name: entry for name, entry in cached if len(entry) == 4 and entry[1] is None}
     waiting = list(tasks)
@@ -1450,6 +1485,7 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     results = {}
     try:
         while waiting or running:
+            # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
                 running[executor.submit(run_in_worker, tasks[key], cells)] = key
@@ -1525,7 +1561,8 @@ class StageDisplay:
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
-        # disable=None: no bar in a log file
+        # disable=None: no bar where the file says that it is no terminal, as a log file does.
+        # DisplayStream does not say, so a notebook has its bar.
         self.bar = tqdm(
             total=self.epochs, desc=self.title, unit="epoch", file=file, leave=False, disable=None
         )
@@ -1719,10 +1756,11 @@ WRAPPERS = (
 )
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # shown of an output of more than 40
-PDF_A = "a-2b"  # the standard that asks for a glyph of every letter
+PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without glyphs
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
 STYLE = r"""
+// fit_table counts on the 9pt and 0.45em of tables, and on words that break from 60 letters on.
 #set page(paper: "a4", margin: (x: 1.8cm, y: 1.7cm), footer:
   context text(8pt)[#document.title #h(1fr) #counter(page).display("1 / 1", both: true)])
 #set text(10pt)
@@ -1749,37 +1787,44 @@ STYLE = r"""
 #show raw.where(block: true): set text(8pt)
 #show raw.where(block: true): it => {
   set par(justify: false, leading: 0.4em, spacing: 0.4em)
+  // What does not fit on a line goes on below it, four letters further in than it began.
   let hanging(line) = 0.6em * (line.text.position(regex("\S|$")) + 4)
-  let lines = it.lines.map(line => block(sticky: line.number < 4, // not alone at a page's foot
+  // The first lines stay together, so that none is alone at a page's foot.
+  let lines = it.lines.map(line => block(sticky: line.number < 4,
     par(hanging-indent: hanging(line), line + sym.zws)))
+  // Code has a language and is gray; an output has none and is white.
   block(width: 100%, inset: (x: 5pt, y: 4pt), stroke: (left: 1pt + luma(205)),
     fill: if it.lang != none { luma(246) }, breakable: lines.len() > 16, lines.join())
 }
 #let horizontalrule = line(length: 100%)
 """
 APPENDIX = "#show raw.where(block: true): set text(7pt)\n== Appendix: code\n"
-# What pandoc's reader of formulas lacks, and how it recognizes a macro (braces to depth three).
-MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1}}
+# TeX commands that pandoc's reader of formulas lacks.
+OUR_MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1}}
 \newcommand{\cal}[1]{\mathcal{#1}} \newcommand{\tag}[1]{\quad\text{(#1)}}
 \newcommand{\label}[1]{} \newcommand{\nonumber}{}"""
-BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
-MACRO = rf"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{{?\\\w+\}}?[^{{}}]*{BRACES}"
+BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # three deep
+# A macro's definition in a formula, e.g. \newcommand{\R}{\mathbb{R}}.
+MACRO_DEFINITION = (
+    rf"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{{?\\\w+\}}?[^{{}}]*{BRACES}"
+)
+FORMULA_MARK = r"⟦formula (\d+)⟧"  # stands in HTML and Typst text where a formula will be
 
 
 @dataclass
 class Part:
-    """What is set in one piece: a cell, or its code in the appendix."""
+    """What is typeset in one piece: a cell, or its code in the appendix."""
 
-    cell: int
-    page: BeautifulSoup
+    cell_number: int
+    soup: BeautifulSoup
     typst: str = ""
 
 
 @dataclass
 class Formula:
-    """A formula; its Typst text holds the dollars."""
+    """A formula of a cell; `typst` includes its dollar signs."""
 
-    cell: int
+    cell_number: int
     tex: str
     display: bool
     typst: str = ""
@@ -1801,12 +1846,13 @@ class TypstPDFExporter(HTMLExporter):
         """nbconvert's settings: cells left out by tags, HTML as pandoc reads it."""
         remove = {"enabled": True, "remove_cell_tags": LEFT_OUT, "remove_input_tags": {"hide-code"}}
         prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
-        config = Config(
+        ours = Config(
             TagRemovePreprocessor=remove,
             CoalesceStreamsPreprocessor={"enabled": True},
             TypstPDFExporter={"template_name": "basic", **prompts},
         )
-        config.merge(super().default_config)
+        config = Config(super().default_config)
+        config.merge(ours)
         return config
 
     def from_file(self, file_stream, resources=None, **kwargs) -> tuple[bytes, dict]:
@@ -1831,12 +1877,12 @@ class TypstPDFExporter(HTMLExporter):
             self.workshop = Path(folder)
             self.compiler = typst.Compiler(root=folder)
             content = self.typeset(*self.read_cells())
-        self.notices = [f"cell {cell}: {text}" for cell, text in sorted(self.notes)]
+        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notes)]
         return content, self.resources | {"output_extension": ".pdf"}
 
-    def note(self, cell: int, text: str) -> None:
-        """Keep a notice on a cell, by its number."""
-        self.notes.append((cell, text))
+    def note(self, number: int, text: str) -> None:
+        """Keep a notice on the cell of this number."""
+        self.notes.append((number, text))
 
     # Cells to HTML
 
@@ -1844,28 +1890,39 @@ class TypstPDFExporter(HTMLExporter):
         """The parts of the body and of the appendix."""
         body, appendix = [], []
         for number, cell in enumerate(self.nb.cells, 1):
-            self.cell = number  # for mark_formula, which nbconvert calls
-            page = BeautifulSoup(self.cell_html(number, cell), "html.parser")
-            code = page.select_one("div.input")
-            listing = code_listing(code.extract().get_text()) if code else ""
-            part = Part(number, page)
-            self.tidy(part)
-            for wrapper in page.select(WRAPPERS):
-                wrapper.unwrap()
+            self.cell_number = number  # for mark_formula, which nbconvert calls
+            if cell.cell_type == "code":
+                self.keep_printable_outputs(number, cell)
+            part, listing = self.read_cell(number, cell)
             if {"appendix", "claims"} & set(cell.metadata.tags):
-                appendix.append(Part(number, BeautifulSoup(listing, "html.parser")))
+                appendix.append(Part(number, listing))
             else:
-                page.insert(0, BeautifulSoup(listing, "html.parser"))
+                part.soup.insert(0, listing)
             body.append(part)
-        mend_links([part.page for part in body])
-        return [self.head(body), *body], [part for part in appendix if part.page.pre]
+        mend_links([part.soup for part in body])
+        return [self.head(body), *body], [part for part in appendix if part.soup.pre]
+
+    def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
+        """The part of a cell, without its code, and the listing of its code."""
+        soup = BeautifulSoup(self.cell_html(number, cell), "html.parser")
+        # The code goes out before tidy, which treats each <pre> as an output, and comes back after.
+        code = soup.select_one("div.input")
+        listing = code_listing(code.extract().get_text()) if code else ""
+        part = Part(number, soup)
+        self.tidy(part)  # before the wrappers go: it looks whether a <pre> is in an output
+        for wrapper in soup.select(WRAPPERS):
+            wrapper.unwrap()
+        return part, BeautifulSoup(listing, "html.parser")
+
+    def keep_printable_outputs(self, number: int, cell: NotebookNode) -> None:
+        """Leave to a code cell the outputs, and of each the form, that the PDF shows."""
+        cell.outputs = [output for output in cell.outputs if is_printed(output)]
+        for output in cell.outputs:
+            self.keep_printable(number, output)
 
     def cell_html(self, number: int, cell: NotebookNode) -> str:
         """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
-        if cell.cell_type == "code":
-            for output in cell.outputs:
-                self.keep_printable(number, output)
-            cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
+        # Format 4.4, as 4.5 asks for ids of cells, which older notebooks lack.
         one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
         try:
             return super().from_notebook_node(one_cell, dict(self.resources))[0]
@@ -1873,36 +1930,38 @@ class TypstPDFExporter(HTMLExporter):
             self.note(number, f"shown as source: {error}")
             return f"<pre>{escape(cell.source)}</pre>"
 
-    def keep_printable(self, cell: int, output: NotebookNode) -> None:
-        """Leave to an output the one form of its data that the PDF shows."""
+    def keep_printable(self, number: int, output: NotebookNode) -> None:
+        """Leave to an output the one form of its data that the PDF shows; note failed claims."""
         data, about = output.get("data", {}), output.get("metadata", {})
-        self.note_claims(cell, about.get("claims", {}))
-        page = BeautifulSoup(data.get("text/html", ""), "html.parser")
-        for tag in page(["script", "style"]):
+        self.note_claims(number, about.get("claims", {}))
+        soup = BeautifulSoup(data.get("text/html", ""), "html.parser")
+        for tag in soup(["script", "style"]):
             tag.decompose()
         words = data.get("text/markdown") or data.get("text/latex")
         image = next((kind for kind in IMAGES if kind in data), "")
-        if about.get("is_caption"):
-            output.data = {}
-        elif image:
+        if image:
             output.data = {"text/html": figure_html(image, data[image], about.get("caption", ""))}
         elif words:
             output.data = {"text/markdown": words}
-        elif page.find(["img", "iframe", "video"]) or page.get_text(strip=True):
-            output.data = {"text/html": self.mark_formulas(str(page))}
+        elif soup.find(["img", "iframe", "video"]) or soup.get_text(strip=True):
+            output.data = {"text/html": self.mark_formulas(str(soup))}
         elif set(data) - {"text/plain"}:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
-            self.note(cell, what)
+            self.note(number, what)
             output.data = {"text/plain": f"[{what}]"}
 
-    def note_claims(self, cell: int, claims: dict[str, bool]) -> None:
+    def note_claims(self, number: int, claims: dict[str, bool]) -> None:
         """Name the claims that do not hold, and the cells whose text makes them."""
         failed = [sentence for sentence, holds in claims.items() if not holds]
-        numbered = list(enumerate(self.nb.cells, 1))
+        count = f"{len(failed)} of {len(claims)} claims do not hold"
         for sentence in failed:
-            places = [str(n) for n, other in numbered if contains_sentence(other, sentence)]
-            place = f" (in cell {', '.join(places)})" if places else ""
-            self.note(cell, f"{len(failed)} of {len(claims)} claims do not hold: {sentence}{place}")
+            places = [
+                str(place)
+                for place, cell in enumerate(self.nb.cells, 1)
+                if contains_sentence(cell, sentence)
+            ]
+            where = f" (in cell {', '.join(places)})" if places else ""
+            self.note(number, f"{count}: {sentence}{where}")
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
@@ -1924,28 +1983,32 @@ class TypstPDFExporter(HTMLExporter):
 
     def mark_formula(self, tex: str, display: bool = False) -> str:
         """Keep a formula for later; returns the mark of its place."""
-        self.formulas.append(Formula(self.cell, tex, display))
+        self.formulas.append(Formula(self.cell_number, tex, display))
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
-    def mark_formulas(self, page: str) -> str:
+    def mark_formulas(self, html: str) -> str:
         """HTML of an output, with a mark in the place of each formula in dollars."""
         formula = r"\$([^$<>]+)\$(?!\d)"
-        return re.sub(formula, lambda found: self.mark_formula(unescape(found[1])), page)
+        return re.sub(formula, lambda found: self.mark_formula(unescape(found[1])), html)
 
     def head(self, body: list[Part]) -> Part:
-        """Course, title (taken out of the body) and the values of the name cell."""
+        """Course, title (taken out of the body) and the values of the name cell.
+
+        Also sets `title`, the PDF's, and notes what the name cell lacks.
+        """
         number, source = self.name_cell()
         who = {"NAME": "", "STUDENT_NUMBER": "", "DISCUSSED_WITH": ""} | assigned_values(source)
         missing = [name for name, value in who.items() if not value]
         if missing:
             self.note(number, f"the name cell lacks {', '.join(missing)}: fill it in")
         heading = take_title(body)
-        self.title = ", ".join(filter(None, [heading.get_text(), unescape(who["NAME"])]))
+        self.title = ", ".join(filter(None, [heading.get_text(), who["NAME"]]))
         facts = []
         for name, value in who.items():
-            facts.append(f"{name.replace('_', ' ').capitalize()}: <b>{value or 'empty'}</b>")
-        page = f"<p>{COURSE}</p>{heading}<p>{' &emsp; '.join(facts)}</p>"
-        return Part(number, BeautifulSoup(page, "html.parser"))
+            label = name.replace("_", " ").capitalize()
+            facts.append(f"{label}: <b>{escape(value) or 'empty'}</b>")
+        html = f"<p>{COURSE}</p>{heading}<p>{' &emsp; '.join(facts)}</p>"
+        return Part(number, BeautifulSoup(html, "html.parser"))
 
     def name_cell(self) -> tuple[int, str]:
         """Number and source of the name cell; 1 and nothing where there is none."""
@@ -1958,21 +2021,21 @@ class TypstPDFExporter(HTMLExporter):
 
     def tidy(self, part: Part) -> None:
         """Change a cell's HTML to what can be printed, and note what cannot."""
-        for tag in part.page(NOT_ON_PAPER):
-            self.replace(part.cell, tag, f"{tag.name} {tag.get('src', '')}")
-        for image in part.page("img"):
-            self.save_image(part.cell, image)
-        for listing in part.page("pre"):
+        for tag in part.soup(NOT_ON_PAPER):
+            self.replace_by_words(part.cell_number, tag, f"{tag.name} {tag.get('src', '')}")
+        for image in part.soup("img"):
+            self.save_image(part.cell_number, image)
+        for listing in part.soup("pre"):
             listing.replace_with(BeautifulSoup(output_listing(listing), "html.parser"))
-        for table in part.page("table"):
-            self.fit_table(part.cell, table)
+        for table in part.soup("table"):
+            self.fit_table(part.cell_number, table)
 
-    def replace(self, cell: int, tag: Tag, what: str) -> None:
-        """Put words in the place of what cannot be shown."""
-        self.note(cell, f"{what[:70].strip()} is not shown")
+    def replace_by_words(self, number: int, tag: Tag, what: str) -> None:
+        """Put words in the place of what cannot be shown, and note it."""
+        self.note(number, f"{what[:70].strip()} is not shown")
         tag.replace_with(f"[{tag.get('alt') or what[:70].strip()}: not shown]")
 
-    def save_image(self, cell: int, image: Tag) -> None:
+    def save_image(self, number: int, image: Tag) -> None:
         """Write an image (data: or a file) to where Typst finds it."""
         source = unquote(image.get("src", ""))
         folder = self.resources["metadata"].get("path") or "."
@@ -1982,21 +2045,22 @@ class TypstPDFExporter(HTMLExporter):
             else:
                 content = Path(folder, source).read_bytes()
         except (OSError, ValueError):
-            self.replace(cell, image, f"image {source}")
+            self.replace_by_words(number, image, f"image {source}")
             return
         name = f"image{next(self.image_numbers)}"
         (self.workshop / name).write_bytes(content)
         image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
 
-    def fit_table(self, cell: int, table: Tag) -> None:
+    def fit_table(self, number: int, table: Tag) -> None:
         """Make the type of a table smaller where its longest words are wider than the page."""
         columns = longest_words(table)
-        # In em: half of one a letter, and the space between columns. STYLE breaks words of 60.
+        # In em: half of one a letter, and the space between columns, STYLE's inset on both sides.
+        # STYLE breaks words of 60 letters and more.
         width = sum(0.5 * min(60, letters) + 0.9 for letters in columns)
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"
-            self.note(cell, f"a table of {len(columns)} columns is set small, in {size:.1f} pt")
+            self.note(number, f"a table of {len(columns)} columns is set small, in {size:.1f} pt")
 
     # HTML to PDF
 
@@ -2006,10 +2070,13 @@ class TypstPDFExporter(HTMLExporter):
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is None and "PDF/A" not in problem:  # some part is no valid Typst
+        # Typst first checks the text, then PDF/A: an error without "PDF/A" means that some part is
+        # not valid Typst.
+        if content is None and "PDF/A" not in problem:
             self.repair(parts)
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is None:  # letters lack glyphs, which only PDF/A asks for
+        # What is left are letters without glyphs. PDF/A forbids them, a plain PDF does not.
+        if content is None:
             names = self.name_letters(problem, parts)
             content, problem = self.compile_typst(names + join_parts(body, appendix))
         if content is None:
@@ -2018,37 +2085,42 @@ class TypstPDFExporter(HTMLExporter):
 
     def set_formulas(self) -> None:
         """Typst text of all formulas by one call of pandoc, so that macros reach later cells."""
-        sources = [" ".join(re.sub(r"(?<!\\)%.*", "", f.tex).split()) for f in self.formulas]
-        macros = re.findall(MACRO, " ".join(sources))
-        numbered = [f"{n} $${re.sub(MACRO, '', tex) or '~'}$$" for n, tex in enumerate(sources)]
+        sources = [on_one_line(formula.tex) for formula in self.formulas]
+        macros = re.findall(MACRO_DEFINITION, " ".join(sources))
+        numbered = []
+        for number, tex in enumerate(sources):
+            # Of a formula of macros alone a space is left, as pandoc takes $$$$ for no formula.
+            tex = re.sub(MACRO_DEFINITION, "", tex) or "~"
+            numbered.append(f"{number} $${tex}$$")  # the number tells pandoc's answers apart
         try:
-            text = pandoc("\n\n".join([MACROS, *macros, *numbered]), "markdown+latex_macros")
+            text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
         except RuntimeError:  # from a macro that never ends
-            text = pandoc("\n\n".join([MACROS, *numbered]), "markdown+latex_macros")
+            text = pandoc("\n\n".join([OUR_MACROS, *numbered]), "markdown+latex_macros")
         text = re.sub(r"\bsect\b", "inter", text.replace(".circle", ".o"))  # Typst's newer names
-        done = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
+        answers = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
         for number, formula in enumerate(self.formulas):
+            # pandoc writes "||" for the bars of vmatrix and Vmatrix alike.
             bars = '"‖"' if "Vmatrix" in formula.tex else '"|"'
-            typst = done.get(str(number), "").replace('"||"', bars)
+            typst = answers.get(str(number), "").replace('"||"', bars)
             formula.typst = f"$ {typst} $" if formula.display else f"${typst}$"
             if not typst:
                 self.show_source(formula)
 
     def show_source(self, formula: Formula) -> None:
         """Show a formula as it was typed."""
-        self.note(formula.cell, f"formula {formula.tex[:70]} is shown as source")
+        self.note(formula.cell_number, f"formula {formula.tex[:70]} is shown as source")
         formula.typst = f"#raw({typst_string(formula.tex)})"
 
     def convert_parts(self, parts: list[Part]) -> None:
         """Fill in the Typst text of parts by one call of pandoc."""
-        page = "<p>⟦end of part⟧</p>".join(str(part.page) for part in parts)
-        texts = pandoc(page, "html-auto_identifiers").split("⟦end of part⟧")
+        html = "<p>⟦end of part⟧</p>".join(str(part.soup) for part in parts)
+        texts = pandoc(html, "html-auto_identifiers").split("⟦end of part⟧")
         for part, text in zip(parts, texts, strict=True):
             part.typst = text
 
     def compile_typst(self, text: str, *standards: str) -> tuple[bytes | None, str]:
         """PDF of Typst text and "", else None and why."""
-        text = re.sub(r"⟦formula (\d+)⟧", lambda found: self.formulas[int(found[1])].typst, text)
+        text = re.sub(FORMULA_MARK, lambda found: self.formulas[int(found[1])].typst, text)
         # Links may need labels that went with headings that are shown as source.
         wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
         there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
@@ -2064,24 +2136,29 @@ class TypstPDFExporter(HTMLExporter):
         for part in parts:
             if self.compile_typst(part.typst)[0]:
                 continue
-            for number in re.findall(r"⟦formula (\d+)⟧", part.typst):
+            for number in re.findall(FORMULA_MARK, part.typst):
                 formula = self.formulas[int(number)]
                 if not self.compile_typst(formula.typst)[0]:
                     self.show_source(formula)
-            for image in part.page("img"):
+            for image in part.soup("img"):
                 if not self.compile_typst(f"#image({typst_string(image['src'])})")[0]:
-                    self.replace(part.cell, image, f"image {image['alt']}")
+                    self.replace_by_words(part.cell_number, image, f"image {image['alt']}")
             self.convert_parts([part])
             if not self.compile_typst(part.typst)[0]:
-                self.note(part.cell, "shown as source, as it cannot be set")
-                part.typst = f"#raw({typst_string(part.page.get_text())}, block: true)"
+                self.note(part.cell_number, "shown as source, as it cannot be set")
+                part.typst = f"#raw({typst_string(self.plain_text(part))}, block: true)"
+
+    def plain_text(self, part: Part) -> str:
+        """The words of a part, with each formula as it was typed in the place of its mark."""
+        words = part.soup.get_text()
+        return re.sub(FORMULA_MARK, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
 
     def name_letters(self, problem: str, parts: list[Part]) -> str:
         """Note letters that no font has; Typst text that puts names in the place of symbols."""
         rules = ""
         for letters in dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem)):
-            cell = next((part.cell for part in parts if letters in part.typst), 1)
-            self.note(cell, f"no font here has {letters}: install one")
+            number = next((part.cell_number for part in parts if letters in part.typst), 1)
+            self.note(number, f"no font here has {letters}: install one")
             for letter in letters:
                 if unicodedata.category(letter) == "So":
                     name = unicodedata.name(letter, "symbol").lower()
@@ -2102,11 +2179,18 @@ def check_versions() -> None:
             )
 
 
-def pandoc(text: str, source: str) -> str:
-    """Typst text by pandoc; `source` is the text's format. Raises RuntimeError."""
+def pandoc(text: str, from_format: str) -> str:
+    """Typst text of a text in one of pandoc's formats. Raises RuntimeError."""
     import pypandoc
 
-    return pypandoc.convert_text(text, "typst", source, ["--wrap=none", "--quiet", "--sandbox"])
+    options = ["--wrap=none", "--quiet", "--sandbox"]
+    return pypandoc.convert_text(text, "typst", from_format, options)
+
+
+def on_one_line(tex: str) -> str:
+    """A formula without comments and line breaks."""
+    without_comments = re.sub(r"(?<!\\)%.*", "", tex)
+    return " ".join(without_comments.split())
 
 
 def typst_string(text: str) -> str:
@@ -2123,10 +2207,10 @@ def join_parts(body: list[Part], appendix: list[Part]) -> str:
 
 
 def take_title(body: list[Part]) -> Tag:
-    """The first heading of level 1, taken out of its part; an empty page where there is none."""
+    """The first heading of level 1, taken out of its part; an empty soup where there is none."""
     for part in body:
-        if part.page.h1:
-            return part.page.h1.extract()
+        if part.soup.h1:
+            return part.soup.h1.extract()
     return BeautifulSoup("", "html.parser")
 
 
@@ -2141,7 +2225,7 @@ def code_listing(code: str) -> str:
         code = rest
     if not code.strip():
         return ""
-    code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code)
+    code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code)  # one empty line between functions saves paper
     return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
 
 
@@ -2164,6 +2248,13 @@ def longest_words(table: Tag) -> list[int]:
     return [max(column) for column in itertools.zip_longest(*rows, fillvalue=0)]
 
 
+def is_printed(output: NotebookNode) -> bool:
+    """Whether an output has something of its own for the PDF, which sets captions at figures."""
+    is_caption = output.get("metadata", {}).get("is_caption", False)
+    is_empty = output.get("data") == {}  # streams and errors have no field of that name
+    return not is_caption and not is_empty
+
+
 def figure_html(kind: str, content: str, caption: str) -> str:
     """HTML of an output's image: SVG as text, others as base64."""
     if kind == "image/svg+xml":
@@ -2173,15 +2264,16 @@ def figure_html(kind: str, content: str, caption: str) -> str:
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
 
 
-def mend_links(pages: list[BeautifulSoup]) -> None:
+def mend_links(soups: list[BeautifulSoup]) -> None:
     """Let links lead to headings; of broken and very long ones only the words stay."""
+    headings = [heading for soup in soups for heading in soup(re.compile(r"^h[1-6]$"))]
     ids = {}
-    for page in pages:
-        for heading in page(re.compile(r"^h[1-6]$")):
-            heading["id"] = f"section-{len(ids)}"
-            ids.setdefault(slug(heading.get_text()), heading["id"])
-    for page in pages:
-        for link in page("a"):
+    for number, heading in enumerate(headings):
+        heading["id"] = f"section-{number}"
+        # Of headings with the same words, links lead to the first.
+        ids.setdefault(slug(heading.get_text()), heading["id"])
+    for soup in soups:
+        for link in soup("a"):
             address = link.get("href", "")
             if address.startswith("#"):
                 address = "#" + ids.get(slug(address), "")
@@ -2209,15 +2301,26 @@ def plain_words(text: str) -> str:
 
 
 def assigned_values(source: str) -> dict[str, str]:
-    """Names and their values, as HTML, of a cell of plain assignments; {} if it is no Python."""
+    """Names and their values, as text, of a cell of plain assignments; {} if it is no Python."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return {}
     values = {}
-    with suppress(SyntaxError):
-        for node in ast.parse(source).body:
-            with suppress(ValueError, AttributeError):  # no constant, no assignment
-                value = ast.literal_eval(node.value)
-                text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-                values[ast.unparse(node.targets)] = escape(text.strip())
+    for statement in statements:
+        if not isinstance(statement, ast.Assign):
+            continue
+        with suppress(ValueError):  # not a constant
+            value = value_text(ast.literal_eval(statement.value))
+            for target in statement.targets:
+                values[ast.unparse(target)] = value
     return values
+
+
+def value_text(value: object) -> str:
+    """A value in words: the items of a list or tuple with commas between them."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return ", ".join(map(str, items)).strip()
 
 
 def with_all_fields(nb: NotebookNode) -> NotebookNode:
@@ -2242,8 +2345,9 @@ def with_output_fields(output: NotebookNode) -> NotebookNode:
     """An output with the fields that some lack or leave empty."""
     words = f"{output.get('ename')}: {output.get('evalue')}"
     of_kind = {"stream": {"name": "stdout", "text": ""}, "error": {"traceback": [words]}}
-    fields = of_kind.get(output.output_type, {"data": {}, "metadata": {}})
-    return NotebookNode(fields | {key: value for key, value in output.items() if value})
+    defaults = of_kind.get(output.output_type, {"data": {}, "metadata": {}})
+    present = {name: value for name, value in output.items() if value}
+    return NotebookNode({**defaults, **present})
 
 
 def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[str]:

@@ -121,6 +121,13 @@ def test_links_lead_to_headings_and_the_words_of_broken_and_long_ones_stay():
     assert len(pdf.links) == 3
 
 
+def test_a_link_leads_past_headings_that_repeat():
+    cells = [md("## Curves"), md("## Result"), md("## Curves"), md("## Discussion")]
+    pdf = export(md("# Title\nsee [the discussion](#Discussion)"), *cells)
+    assert len(pdf.links) == 1 and not pdf.notices
+    assert "see the discussion Curves Result Curves Discussion" in pdf.text
+
+
 def test_only_the_first_heading_becomes_the_title():
     text = export(md("# First\none"), md("# Second\ntwo")).text
     assert text.index("First") < text.index("one") < text.index("Second") < text.index("two")
@@ -214,16 +221,28 @@ def test_a_macro_without_end_costs_no_more_than_its_formulas():
     assert "kept" in pdf.text and "x2 too" in pdf.text and len(pdf.notices) == 1
 
 
-def test_a_cell_that_cannot_be_set_is_shown_as_source(monkeypatch):
+def spoil_typst(monkeypatch) -> None:
+    """The word "spoil" makes Typst that is not valid."""
     original = utils.pandoc
 
-    def spoiled(text: str, kind: str) -> str:
-        return original(text, kind).replace("spoil", "#nosuchname")
+    def spoiled(text: str, from_format: str) -> str:
+        return original(text, from_format).replace("spoil", "#nosuchname")
 
     monkeypatch.setattr(utils, "pandoc", spoiled)
+
+
+def test_a_cell_that_cannot_be_set_is_shown_as_source(monkeypatch):
+    spoil_typst(monkeypatch)
     pdf = export(md("before"), md("this will spoil it"), md("after"))
     assert "before this will spoil it after" in pdf.text
     assert pdf.notices == ["cell 2: shown as source, as it cannot be set"]
+
+
+def test_a_cell_shown_as_source_shows_its_formulas_as_typed(monkeypatch):
+    spoil_typst(monkeypatch)
+    pdf = export(md(r"this will spoil $\text{loss}$ here"), md("after"))  # Typst: upright("loss")
+    assert r"this will spoil $\text{loss}$ here after" in pdf.text
+    assert pdf.notices == ["cell 1: shown as source, as it cannot be set"]
 
 
 # ---- Outputs, and notebooks as found in the wild ----
