@@ -1,4 +1,4 @@
-# make             the whole notebook, its PDF and the table of answers, in build/
+# make             the whole notebook and its PDF, into build/; prints the table of answers
 # make test        lint and all tests, a run of the whole notebook on tiny data included
 # make fast-test   the tests that take no more than seconds each
 # Every target but clean sets up .venv first, with the packages of requirements.txt.
@@ -10,7 +10,8 @@ OUT := build/assignment3.ipynb
 
 .PHONY: all run pdf results test fast-test test-lowest lint format sync publish bench clean
 
-all: run pdf results
+.NOTPARALLEL:
+all: run pdf results  # in this order
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,9 +21,9 @@ $(READY): requirements.txt
 run: $(READY)
 	$(BIN)/python tools/notebook.py run $(OUT)
 
-pdf: $(READY)  # of the last run, or of the committed notebook
-	mkdir -p build && { test -f $(OUT) || cp assignment3.ipynb $(OUT); }
-	$(BIN)/python -c "import utils; from pathlib import Path; utils.export_pdf(Path('$(OUT)'), Path('build/assignment3.pdf'))"
+pdf: $(READY)  # of the last run if there is one, else of the committed notebook
+	notebook=$(OUT); test -f $$notebook || notebook=assignment3.ipynb; \
+	$(BIN)/python -c "import utils; from pathlib import Path; utils.export_pdf(Path('$$notebook'), Path('build/assignment3.pdf'))"
 
 results: $(READY)
 	$(BIN)/python tools/notebook.py results $(OUT)

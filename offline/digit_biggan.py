@@ -22,7 +22,7 @@ LAYERS = [(False, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)]
 
 
 def untrained_digit_biggan() -> nn.Module:
-    """The library's BigGAN at our size: 4 x 4 to 32 x 32, width 32, self-attention at 8 x 8.
+    """The library's BigGAN at our size: 4 x 4 to 32 x 32 pixels, self-attention at 8 x 8.
 
     Raises ImportError without pytorch-pretrained-biggan.
     """
@@ -64,7 +64,7 @@ class EvaluationClassifier(nn.Module):
 
     float N x 3 x 32 x 32 in -1..1 to N x 20 logits; `features` gives the N x 64 numbers before
     the last layer, in which the Fréchet distance is measured. It never meets the generator in
-    training, and has another architecture than the guide that does.
+    training; the guide (training/train_digit_biggan.py), which does, has another architecture.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ FONT_FAMILIES = {
     "Computer Modern Typewriter": (("cmtt10.ttf", _PLAIN),),
 }
 
-NUMBER_LENGTHS = (0.08, 0.42, 0.34, 0.16)  # digits that belong to numbers of 1, 2, 3, 4 digits
+NUMBER_LENGTHS = (0.08, 0.42, 0.34, 0.16)  # shares of the digits in numbers of length 1, 2, 3, 4
 
 _SIZE = 32  # pixels of a crop's side
 _FIELD_SAMPLES = 64  # along each side of a glyph's distance field
@@ -71,7 +71,7 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
     font = ImageFont.truetype(str(path), 200)
     side = 2 * _FIELD_SAMPLES  # draw at twice the field's resolution
     height = _FIELD_SAMPLES / _FIELD_REACH  # of a digit, in drawn pixels
-    fields, half_widths, strokes = [], [], []
+    fields, half_widths, half_strokes = [], [], []
     for character in characters:
         left, top, right, bottom = font.getbbox(character)
         ink = Image.new("L", (right - left, bottom - top), 0)
@@ -88,8 +88,8 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
         fields.append(F.avg_pool2d(field[None, None], 2)[0, 0])
         half_widths.append(width / 2 / height)
         edge = inside & (distance < 1.5)
-        strokes.append(inside.sum() / edge.sum() / height)
-    return torch.stack(fields), torch.tensor(half_widths), float(np.median(strokes))
+        half_strokes.append(inside.sum() / edge.sum() / height)
+    return torch.stack(fields), torch.tensor(half_widths), float(np.median(half_strokes))
 
 
 def _uniform(rng: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -164,22 +164,22 @@ class _Faces(NamedTuple):
 
     fields: Tensor  # faces x 12 x 64 x 64, as of _glyph_fields
     half_widths: Tensor  # faces x 12, in digit heights
-    strokes: Tensor  # faces, half of a stroke's width, in digit heights
+    half_strokes: Tensor  # faces, half of a stroke's width, in digit heights
     chosen: Tensor  # n, the face of each crop
 
 
 def _choose_faces(rng: torch.Generator, n: int) -> _Faces:
-    """All faces, and one of them for each crop; a family of few faces is chosen often too."""
+    """All faces, and one for each crop; a family's chance grows as the root of its face count."""
     family_of, glyphs = [], []
     for number, family in enumerate(FONT_FAMILIES.values()):
         for face in family:
             family_of.append(number)
             glyphs.append(_glyph_fields(*face))
-    fields, half_widths, strokes = zip(*glyphs, strict=True)
+    fields, half_widths, half_strokes = zip(*glyphs, strict=True)
     family_size = torch.bincount(torch.tensor(family_of))[family_of]
     share = 1.0 / family_size.float().sqrt()
     chosen = torch.multinomial(share, n, replacement=True, generator=rng)
-    return _Faces(torch.stack(fields), torch.stack(half_widths), torch.tensor(strokes), chosen)
+    return _Faces(torch.stack(fields), torch.stack(half_widths), torch.tensor(half_strokes), chosen)
 
 
 class _Places(NamedTuple):
@@ -196,9 +196,9 @@ def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places
     n = len(half)
     gap = _uniform(rng, -0.02, 0.2, n, 1) + 0.1 * _normal(rng, 1.0, n, 1).clamp(min=0)
     step = half[:, :-1] + half[:, 1:] + gap  # between neighboring centers
-    left, right = -step[:, 1:2], step[:, 2:3]
+    before, after = -step[:, 1:2], step[:, 2:3]  # centers of the two neighbors
     center = torch.cat(
-        [left - step[:, :1], left, torch.zeros(n, 1), right, right + step[:, 3:]], dim=1
+        [before - step[:, :1], before, torch.zeros(n, 1), after, after + step[:, 3:]], dim=1
     )
     stairs = torch.arange(-2, 3) * _normal(rng, 0.15, n, 1) * _chance(rng, 0.1, n, 1)
     drop = _normal(rng, 0.02, n, 5) + stairs
@@ -243,9 +243,9 @@ def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number
         field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)
 
     # A field that is raised a little everywhere has thicker strokes.
-    stroke = faces.strokes[faces.chosen].view(n, 1, 1)
-    thinner = 0.25 * stroke
-    thicker = (0.105 - stroke).clamp(min=0.005, max=0.05)
+    half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
+    thinner = 0.25 * half_stroke
+    thicker = (0.105 - half_stroke).clamp(min=0.005, max=0.05)
     raised = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
     field = field + raised - thinner
     return _Number(field, places.left, places.right)
@@ -256,7 +256,7 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     pick = torch.rand(n, generator=rng)
     is_blue = pick < 0.45
     is_brown = pick > 0.65
-    is_rare = (pick > 0.45) & (pick < 0.65)  # of any hue, pink and green too
+    is_any_hue = (pick > 0.45) & (pick < 0.65)  # pink and green too
     hue = _uniform(rng, -np.pi, np.pi, n)
     bluish = -0.6 + 0.3 * hue / np.pi
     brownish = 2.4 + 0.35 * hue / np.pi
@@ -264,7 +264,7 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     hue = torch.where(is_brown, brownish, hue)
     vivid = torch.rand(n, generator=rng)
     chroma = 0.07 * vivid + 0.35 * (vivid - 0.75).clamp(min=0) * 2
-    chroma = torch.where(is_rare, chroma / 2, chroma)  # seldom a strong pink or green
+    chroma = torch.where(is_any_hue, chroma / 2, chroma)  # seldom a strong pink or green
     cb, cr = chroma * hue.cos(), chroma * hue.sin()
     rgb = torch.stack(
         [luminance + 1.402 * cr, luminance - 0.344 * cb - 0.714 * cr, luminance + 1.772 * cb], 1
@@ -301,7 +301,10 @@ def _levels(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tensor:
-    """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32)."""
+    """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32).
+
+    In six of ten crops that edge lies beyond the picture.
+    """
     n = len(sign.u)
     margin_u = _uniform(rng, 0.08, 0.6, n, 1, 1)
     margin_v = _uniform(rng, 0.08, 0.5, n, 1, 1)
@@ -312,7 +315,7 @@ def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tenso
 
 
 def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
-    """Cover (n x 32 x 32) of a line along the plate's edge, which four in ten have."""
+    """Cover (n x 32 x 32) of a line along the plate's edge, seen or not, on four in ten."""
     n = len(depth)
     inset = _uniform(rng, 0.0, 0.08, n, 1, 1)
     width = _uniform(rng, 0.02, 0.06, n, 1, 1)
@@ -352,7 +355,7 @@ def _add_relief(
 
 
 def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, Tensor]:
-    """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32 in 0..1), and ink contrast (n)."""
+    """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32, about 0..1), and contrast (n)."""
     field, scale = number.field, sign.scale
     n = len(field)
     contrast, ground_level, ink_level = _levels(rng, n)
@@ -449,14 +452,13 @@ def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
     n = len(image)
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     dct = _dct_matrix()
-    forward, backward = dct.expand(n, -1, -1), dct.mT.expand(n, -1, -1)
     frequency = torch.arange(_SIZE) % 8
     steps = 1 + 0.6 * (frequency.view(-1, 1, 1) + frequency)
     strength = torch.exp(_uniform(rng, np.log(0.01), np.log(0.1), n, 1, 1, 1)) * amount
     table = strength * steps * torch.tensor([1.0, 1.8, 1.8]).view(1, 1, 3, 1)
-    coded = _along_both_axes(forward, to_ycc @ image, dct.mT)
+    coded = _along_both_axes(dct, to_ycc @ image, dct.mT)
     coded = (coded / table).round_().mul_(table)
-    return torch.linalg.inv(to_ycc) @ _along_both_axes(backward, coded, dct)
+    return torch.linalg.inv(to_ycc) @ _along_both_axes(dct.mT, coded, dct)
 
 
 def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
@@ -531,7 +533,7 @@ def render_street_numbers(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def versions() -> list[str]:
-    """What decides how a crop looks: this file's code and the libraries that draw."""
+    """What decides how a crop looks: this file's text, comments too, and the libraries used."""
     import matplotlib
     import PIL
 

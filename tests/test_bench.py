@@ -6,7 +6,7 @@ from conftest import ROOT, noise_split
 from torch import nn
 
 import utils
-from tools.notebook import between
+from tools.notebook import fill_readme
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,4 @@ def test_a_short_training_makes_color_images_gray_and_learns(bench):
 def test_the_readme_shows_the_table_of_the_bench(bench):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = bench.table(bench.load_results())
-    assert between(readme, bench.BENCH_START, table, bench.BENCH_END) == readme
+    assert fill_readme(readme, bench.BENCH_START, table, bench.BENCH_END) == readme

@@ -463,7 +463,7 @@ def colab_folder(tmp_path_factory):
     for name, text in FAKE_COLAB.items():
         (folder / "google" / "colab" / name).write_text(text, encoding="utf-8")
     (folder / "offline").symlink_to(ROOT / "offline")
-    notebook = tool.without_outputs(tool.read(tool.NOTEBOOK))
+    notebook = tool.clear_outputs(tool.read(tool.NOTEBOOK))
     notebook.cells.insert(0, code_cell(COLAB_SHELL, "hide-pdf"))
     for cell in tool.code_cells(notebook):  # a user who turns both switches on
         cell.source = cell.source.replace("KEEP_ON_DRIVE = False", "KEEP_ON_DRIVE = True")

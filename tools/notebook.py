@@ -203,7 +203,7 @@ class Console:
 
     def write(self, text: str) -> None:
         """Take the next piece of a stream, of any length."""
-        if self.line == self.unfinished:  # the stream's own line is in progress, and goes on
+        if self.line == self.unfinished:  # the stream's own: print_line must not show it again
             self.line = ""
         *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
@@ -274,13 +274,14 @@ class StreamingClient(nbclient.NotebookClient):
         )
         self.console = console
         self.shown: dict[str, str] = {}  # what each display that can change shows now
-        self.last_display = ""
+        self.last_display = ""  # id of the one that began last
 
     def pass_on_interrupts(self, notebook: NotebookNode) -> None:
         """From now on, interrupt the kernel when this process is interrupted or told to end.
 
-        nbclient would end the kernel, twice at once, and stop with a traceback. The kernel's
-        workers get no interrupt: the cell that started them ends them.
+        Takes the place of nbclient's handlers of these signals: they would end the kernel while a
+        cell runs, and the run would stop with a traceback. Only the kernel gets the interrupt, not
+        its workers: the cell that started them ends them.
         """
 
         def interrupt() -> None:
@@ -314,7 +315,7 @@ class StreamingClient(nbclient.NotebookClient):
             self.last_display = display
         if display == self.last_display:
             self.console.progress(text)
-        else:  # it stands further up: print what is new in it
+        else:  # it stands further up: print what was added at its end
             self.console.print_line(text.removeprefix(before).strip())
 
 
@@ -327,7 +328,7 @@ def run_notebook(output: Path) -> None:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    notebook = without_outputs(read(NOTEBOOK))
+    notebook = clear_outputs(read(NOTEBOOK))
     client = StreamingClient(
         notebook,
         Console(sys.stdout),
@@ -347,8 +348,8 @@ def run_notebook(output: Path) -> None:
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
-def without_outputs(notebook: NotebookNode) -> NotebookNode:
-    """The notebook, changed in place: not executed."""
+def clear_outputs(notebook: NotebookNode) -> NotebookNode:
+    """Take outputs and execution counts out of `notebook` itself, and return it."""
     for cell in code_cells(notebook):
         cell.outputs = []
         cell.execution_count = None
@@ -416,30 +417,30 @@ def publish(executed: Path) -> None:
     """
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     for path in (executed, figures / "results.json"):
-        require_of_run(path)
-    committed, notebook = read(NOTEBOOK), read(executed)
+        require_run_file(path)
+    committed, run = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
-    faults = output_faults(notebook)
-    if code_of(committed) != code_of(notebook):
+    faults = output_faults(run)
+    if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     else:
-        take_outputs(committed, notebook)
-        if sources(tagged(committed, "claims")) != sources(tagged(notebook, "claims")):
+        take_outputs(committed, run)
+        if sources(tagged(committed, "claims")) != sources(tagged(run, "claims")):
             judge_claims(committed, results)
     faults += results_faults(results)
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
 
-    text = readme_with(answers_table(notebook), results)
+    readme = readme_with(answers_table(run), results)
     save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
-    results_text = json.dumps(results, indent=1) + "\n"
+    results_text = json.dumps(results, indent=1) + "\n"  # its claims may be judged anew
     (ROOT / "figures" / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
-    (ROOT / "README.md").write_text(text, encoding="utf-8", newline="\n")
+    (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
 
-def require_of_run(path: Path) -> None:
+def require_run_file(path: Path) -> None:
     """Raise SystemExit where a file that a finished run leaves is not there."""
     if not path.is_file():
         raise SystemExit(f"{path} is not there: the notebook must run to its end first (`make`).")
@@ -482,8 +483,8 @@ def take_outputs(committed: NotebookNode, executed: NotebookNode) -> None:
 def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> None:
     """Evaluate the claims of `notebook` from the results of a run.
 
-    The cells tagged `claims` read nothing but `results`. Changes results["claims"] and the output
-    of the cell tagged `claims-table`.
+    The cells tagged `claims` may use `results`, `claims` and what `begin` imports. Changes
+    results["claims"] and the output of the cell tagged `claims-table`.
     """
     begin = (
         f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
@@ -509,9 +510,9 @@ def results_faults(results: dict[str, Any]) -> list[str]:
     stand_ins = [data["name"] for data in results["data"].values() if not data["real"]]
     faults += [f"{name} is a stand-in" for name in stand_ins]
     if results["run"]["resumed"]:
-        faults.append("stored trainings were used: delete build/runs and run again")
-    failed = [claim for claim, holds in results["claims"].items() if not holds]
-    faults += [f"does not hold: {claim}" for claim in failed]
+        faults.append("stored trainings were used: delete the runs folder and run again")
+    untrue = [claim for claim, holds in results["claims"].items() if not holds]
+    faults += [f"does not hold: {claim}" for claim in untrue]
     return faults
 
 
@@ -535,6 +536,7 @@ def faults_of(output: NotebookNode) -> Iterator[str]:
         yield f"left text on stderr: {output.text.strip()}"
     for text in texts_of(output):
         for place in local_places():
+            # Not within a longer name: example.org/home, /roots.
             if re.search(rf"(?<!\w){re.escape(place)}(?!\w)", text):
                 yield f"shows the local name {place}"
 
@@ -549,7 +551,7 @@ def texts_of(output: NotebookNode) -> list[str]:
 
 
 def local_places() -> set[str]:
-    """Names that only this machine has: its own, and where files lie on it."""
+    """What no output may show: this machine's name, and where its users' files lie."""
     places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
     places.discard("/")  # the home of a user without one
     host = socket.gethostname()
@@ -603,21 +605,24 @@ def readme_with(table: str, results: dict[str, Any]) -> str:
     )
     notes = "\n".join(f"- {fact}." for fact in facts)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return between(readme, README_START, f"{table}\n\n{notes}", README_END)
+    return fill_readme(readme, README_START, f"{table}\n\n{notes}", README_END)
 
 
-def between(text: str, start: str, content: str, end: str) -> str:
-    """`text` with `content` between two lines. Raises SystemExit where one of them is missing."""
-    if start not in text or end not in text:
+def fill_readme(readme: str, start: str, content: str, end: str) -> str:
+    """The README's text with `content` between two of its lines, in place of what is there.
+
+    Raises SystemExit where one of the lines is missing.
+    """
+    if start not in readme or end not in readme:
         raise SystemExit(f"README.md must hold the lines {start} and {end}.")
-    before = text.partition(start)[0]
-    after = text.partition(end)[2]
+    before = readme.partition(start)[0]
+    after = readme.partition(end)[2]
     return f"{before}{start}\n\n{content}\n\n{end}{after}"
 
 
 def print_results(executed: Path) -> None:
     """Print the table of answers of an executed notebook. Raises SystemExit where none is."""
-    require_of_run(executed)
+    require_run_file(executed)
     print(answers_table(read(executed)))
 
 

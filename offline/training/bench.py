@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from tools.notebook import ROOT, between, load_definitions
+from tools.notebook import ROOT, fill_readme, load_definitions
 
 CPU = torch.device("cpu")
 notebook = load_definitions()
@@ -323,7 +323,7 @@ def main() -> None:
     text = json.dumps(results, indent=1) + "\n"
     utils.write_atomically(RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = between(readme, BENCH_START, table(results), BENCH_END)
+    readme = fill_readme(readme, BENCH_START, table(results), BENCH_END)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
     print(table(results))
 

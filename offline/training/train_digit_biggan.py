@@ -47,7 +47,7 @@ from offline.digit_biggan import (
 from offline.training.common import CPU, notebook, round_and_save, write_text
 
 CLASSES = len(DIGIT_CLASSES)
-# Which classes each data set has; the keys are its roles, as in the notebook.
+# The classes of each data set, by its role in the notebook.
 CLASSES_OF = {"street": slice(0, 10), "handwritten": slice(10, 20)}
 STREET_BATCH = 40  # more than of the other set: SVHN is the harder one
 HANDWRITTEN_BATCH = 24
@@ -56,8 +56,8 @@ WIDTH = 32  # channels of the first layer, in the discriminator and in the guide
 LR_GENERATOR = 3e-4
 LR_DISCRIMINATOR = 6e-4
 BETAS = (0.0, 0.99)
-# Gain of the discriminator's score, until GAIN_STEP and from then on. With 4 its hinge loss stood
-# at 1.7 (2: nothing is told apart), with 12 it still did.
+# Gain of the discriminator's score, until GAIN_STEP and from then on. It was raised because the
+# hinge loss stood at 1.7 (2 is that of a blind discriminator); after that it was 1.7 again.
 FIRST_GAIN = 4.0
 LATER_GAIN = 12.0
 GAIN_STEP = 2100
@@ -68,11 +68,11 @@ LOG_EVERY = 100  # steps
 SNAPSHOT_EVERY = 500  # steps
 GUIDE_STEPS = 800
 EVALUATION_STEPS = 1000
-CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # images a step of these two
+CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # a step, for guide and evaluation classifier
 AFFINE = (10, 0.05, 0.1, 0.1)  # degrees, shift, zoom, shear: see the notebook's random_affine
 CAS_IMAGES = 20_000
 CAS_EPOCHS = 10
-COMPARED = 2_000  # images on each side of a Fréchet distance
+FRECHET_IMAGES = 2_000  # on each side of a Fréchet distance
 SEED = 0
 
 
@@ -91,9 +91,10 @@ def one_hot(labels: Tensor) -> Tensor:
 
 
 class RealImages:
-    """One part ('train' or 'test') of both sets, MNIST padded to 32 x 32 as three equal channels.
+    """One part ('train' or 'test') of both sets, MNIST padded to 32 x 32.
 
-    Labels are those of DIGIT_CLASSES: 0 to 9 for SVHN, 10 to 19 for MNIST.
+    `splits` has labels 0 to 9, and MNIST in one channel. `draw` and `batch` give three channels and
+    the classes of DIGIT_CLASSES: 0 to 9 for SVHN, 10 to 19 for MNIST.
     """
 
     def __init__(self, street: utils.DigitData, handwritten: utils.DigitData, part: str) -> None:
@@ -263,7 +264,7 @@ class Trainer:
 
     def __init__(self, guide: nn.Module) -> None:
         torch.manual_seed(SEED)
-        self.guide = guide
+        self.guide = guide.requires_grad_(False)  # frozen: no gradients of its weights
         self.generator = trainable_biggan()
         self.average = trainable_biggan(self.generator.state_dict())
         self.discriminator = Discriminator().to(memory_format=torch.channels_last)
@@ -387,7 +388,10 @@ def save_snapshot(trainer: Trainer, runs: Path) -> None:
 
 
 def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
-    """Train up to `steps`, with a log entry and a checkpoint every 100 and a snapshot every 500."""
+    """Train up to `steps`, with a snapshot every SNAPSHOT_EVERY steps.
+
+    A log entry and a checkpoint come every LOG_EVERY steps and at the last one.
+    """
     start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
     before = {name: all_weights(network) for name, network in trainer.networks().items()}
     measured: list[dict[str, float]] = []
@@ -437,7 +441,7 @@ def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 
 
 @torch.no_grad()
 def sample(model: BigGAN, labels: Tensor, truncation: float, seed: int) -> Tensor:
-    """Images of the classes `labels`, float N x 3 x 32 x 32 in -1..1; none are left out."""
+    """Images of the classes `labels`, float N x 3 x 32 x 32 in -1..1; all are kept, good or bad."""
     z = noise(len(labels), torch.Generator().manual_seed(seed), truncation)
     batches = zip(z.split(250), one_hot(labels).split(250), strict=True)
     return torch.cat([model(part, classes, truncation) for part, classes in batches])
@@ -472,19 +476,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def quality(
-    model: BigGAN, classifier: EvaluationClassifier, real: dict[str, Tensor], truncation: float
+    model: BigGAN, classifier: EvaluationClassifier, reference: dict[str, Tensor], truncation: float
 ) -> dict[str, float]:
-    """Of each role: percent recognized, and Fréchet distance to as many real training images.
+    """Of each role: percent of generated images recognized, their Fréchet distance to real ones.
 
-    real: the features of those, of each role.
+    reference: features of real training images by role; as many images are generated.
     """
     result = {}
     for role, classes in CLASSES_OF.items():
-        labels = torch.arange(classes.start, classes.stop).repeat(len(real[role]) // 10)
+        labels = torch.arange(classes.start, classes.stop).repeat(len(reference[role]) // 10)
         images = sample(model, labels, truncation, seed=11)
         features, right = features_and_right(classifier, images, labels)
         result[f"recognized_{role}"] = round(right, 2)
-        result[f"frechet_{role}"] = round(frechet_distance(features, real[role]), 2)
+        result[f"frechet_{role}"] = round(frechet_distance(features, reference[role]), 2)
     return result
 
 
@@ -532,10 +536,10 @@ def reference_features(
     """
     reference, facts = {}, {}
     for role in CLASSES_OF:
-        train_images = parts["train"].draw(role, COMPARED, torch.Generator().manual_seed(3))
-        test_images = parts["test"].draw(role, COMPARED, torch.Generator().manual_seed(4))
-        reference[role], train_right = features_and_right(classifier, *train_images)
-        test_features, test_right = features_and_right(classifier, *test_images)
+        train_batch = parts["train"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(3))
+        test_batch = parts["test"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(4))
+        reference[role], train_right = features_and_right(classifier, *train_batch)
+        test_features, test_right = features_and_right(classifier, *test_batch)
         facts[f"recognized_{role}_train"] = round(train_right, 2)
         facts[f"recognized_{role}_test"] = round(test_right, 2)
         facts[f"frechet_{role}"] = round(frechet_distance(reference[role], test_features), 2)
@@ -577,14 +581,15 @@ def classification_accuracy_scores(model: BigGAN, test: RealImages) -> dict[str,
     for role in CLASSES_OF:
         generated = generated_split(model, role, CAS_IMAGES)
         cnn = nn.Sequential(notebook.base_trunk(), notebook.task_head())
-        accuracy = train_and_test(cnn, generated, notebook.gray(test.splits[role]), CAS_EPOCHS)
+        real = notebook.gray(test.splits[role])  # leaves MNIST's one channel as it is
+        accuracy = train_and_test(cnn, generated, real, CAS_EPOCHS)
         scores[role] = round(accuracy, 2)
     print(json.dumps(scores), flush=True)
     return scores
 
 
 def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
-    """All that decides the weights, for the log."""
+    """The main settings of training and measuring, and what the training took, for the log."""
     return {
         "trained_on": trained_on,
         "steps": trainer.step,
@@ -599,7 +604,7 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
         "ema_decay": EMA_DECAY,
         "guide_steps": GUIDE_STEPS,
         "evaluation_steps": EVALUATION_STEPS,
-        "images_compared": COMPARED,
+        "images_compared": FRECHET_IMAGES,
         "cas_images": CAS_IMAGES,
         "cas_epochs": CAS_EPOCHS,
         "machine": utils.machine(),
@@ -607,9 +612,9 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
 
 
 def main() -> None:
-    """Train all three networks, measure, and replace the committed weights and their log."""
+    """Train guide, generator and evaluation classifier, measure, replace the committed files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="replaces the weights too if few")
+    parser.add_argument("--steps", type=int, default=STEPS, help="even a few replace the weights")
     steps = parser.parse_args().steps
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     torch.set_num_threads(1)  # the same sums in the same order
@@ -640,10 +645,11 @@ def main() -> None:
     sha256 = round_and_save(classifier, WEIGHTS / "evaluation_classifier.pt")
 
     parts = {"train": train_images, "test": test_images}
-    reference, real = reference_features(parts, classifier)
-    print(json.dumps(real), flush=True)
+    reference, measures_of_real = reference_features(parts, classifier)
+    print(json.dumps(measures_of_real), flush=True)
     trained_on = [utils.describe_size(data) for data in (street, handwritten)]
-    log: dict = {"settings": settings_record(trainer, trained_on), "real": real}
+    log: dict = {"settings": settings_record(trainer, trained_on)}
+    log["real"] = measures_of_real
     log["checkpoints"] = measure_snapshots(runs, classifier, reference)
     log |= save_final(trainer.average, classifier, reference)
     log["sha256_evaluation_classifier"] = sha256

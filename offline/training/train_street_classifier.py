@@ -2,10 +2,10 @@
 
     A3_DATA_ROOT=FOLDER python -m offline.training.train_street_classifier
 
-Run it in the project's folder. Architecture and augmentation are the notebook's. Writes
-street_classifier.pt (state dict, float16) and street_classifier.json (accuracies in percent,
-recipe, sha256) into offline/weights. A stopped run goes on from its last checkpoint, in the folder
-A3_RUNS; after a change of the recipe, delete that checkpoint first.
+Run it in the project's folder. The architecture is the notebook's; the augmentation is this file's
+own. Writes street_classifier.pt (state dict, float16) and street_classifier.json (accuracies in
+percent, recipe, sha256) into offline/weights. A stopped run goes on from its last checkpoint, in
+the folder A3_RUNS; after a change of the recipe, delete that checkpoint first.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     epoch, place = divmod(step, steps_an_epoch)
     order = torch.randperm(len(split), generator=utils.epoch_generator(0, epoch))
     index = order[place * BATCH : (place + 1) * BATCH]
-    images = augmented(utils.to_float(split.images[index]), utils.epoch_generator(1, step))
+    generator = utils.epoch_generator(1, step)  # another seed than the order's; new for each step
+    images = augmented(utils.to_float(split.images[index]), generator)
     return images.contiguous(memory_format=torch.channels_last), split.labels[index]
 
 
@@ -129,6 +130,8 @@ def train(model: nn.Module, split: utils.Split, steps: int, checkpoint: Path) ->
     trainer = Trainer(model)
     if checkpoint.exists():
         trainer.load(checkpoint)
+        if trainer.step > steps:
+            raise SystemExit(f"{checkpoint} is at step {trainer.step} already: delete it first.")
     start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
     losses = []
     while trainer.step < steps:
@@ -165,7 +168,7 @@ def recipe() -> dict[str, object]:
 def main() -> None:
     """Train g, measure it on real and on rendered crops, and replace the committed weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="replaces the weights too if few")
+    parser.add_argument("--steps", type=int, default=STEPS, help="even a few replace the weights")
     steps = parser.parse_args().steps
     torch.set_num_threads(1)  # the same sums in the same order
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
