@@ -301,6 +301,12 @@ def test_a_change_of_what_utils_runs_is_other_code_and_one_of_words_or_the_pdf_i
     assert runs() != runs(("f()", "g()"))
 
 
+def test_the_pdf_section_is_the_last_of_utils():
+    utils = (ROOT / "utils.py").read_text(encoding="utf-8")
+    after = utils.partition(tool.PDF_SECTION)[2]
+    assert "class TypstPDFExporter" in after and "\n# ---- " not in after
+
+
 def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(project, run_of):
     (project / "utils.py").touch()
     run = run_of(RESULTS)

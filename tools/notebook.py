@@ -35,7 +35,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
-PDF_SECTION = "# ---- PDF ----"  # of utils.py, its last
+PDF_SECTION = "# ---- PDF"  # of utils.py: its last
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
 README_END = "<!-- end of results -->"
