@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from tools.notebook import ROOT, fill_readme, load_definitions
+from tools.notebook import ROOT, fill_readme, load_definitions, markdown_table
 
 CPU = torch.device("cpu")
 notebook = load_definitions()
@@ -164,11 +164,15 @@ def optimizers(model: nn.Module, recipe: ShortRecipe) -> list[torch.optim.Optimi
     ]
 
 
+def in_gray(split: utils.Split) -> utils.Split:
+    """The split with one channel."""
+    return notebook.gray(split) if split.images.shape[1] == 3 else split
+
+
 def short_training(train: utils.Split, recipe: ShortRecipe, passes: float, seed: int) -> nn.Module:
     """The model that a short recipe gives. SVHN's images are made gray here, too."""
     torch.manual_seed(seed)
-    if train.images.shape[1] == 3:
-        train = notebook.gray(train)
+    train = in_gray(train)
     steps = max(1, round(passes * len(train) / recipe.batch_size))
     looks = notebook.Recipe(side=recipe.side, grow=recipe.grow, warp=recipe.warp)
     plan = utils.Plan("short", epochs=1, steps=steps, seed=seed)
@@ -274,10 +278,7 @@ def measured_starters(results: dict[str, Any], name: str) -> dict[str, dict[str,
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| data set | the starter's 20 epochs | ours | ours in | times less |",
-        "| :--- | ---: | ---: | :--- | ---: |",
-    ]
+    rows = [["data set", "the starter's 20 epochs", "ours", "ours in", "times less"]]
     for used, run in results.items():
         for name, found in run["data"].items():
             starter, short = found["starter"], found["short"]
@@ -286,10 +287,8 @@ def table(results: dict[str, Any]) -> str:
                 before += " (extrapolated)"
             after = f"{short['test_acc']:.2f} % in {short['seconds']:.1f} s"
             epochs = f"{short['epochs']:g} epochs"
-            lines.append(
-                f"| {name} | {before} | {after}, {epochs} | {used} | {found['ratio']:.0f} |"
-            )
-    return "\n".join(lines)
+            rows.append([name, before, f"{after}, {epochs}", used, f"{found['ratio']:.0f}"])
+    return markdown_table(rows)
 
 
 def starter_for(
@@ -322,7 +321,7 @@ def main() -> None:
         data = load()
         if not data.real:
             raise SystemExit("The bench needs real MNIST and real SVHN: see A3_DATA_ROOT.")
-        test = notebook.gray(data.test) if data.test.images.shape[1] == 3 else data.test
+        test = in_gray(data.test)
         starter = starter_result(data, test) if arguments.full else starter_for(data, test, results)
         short = short_result(data, test, starter["test_acc"])
         ratio = starter["seconds"] / short["seconds"]
