@@ -12,6 +12,7 @@ import dis
 import gzip
 import hashlib
 import http.client
+import importlib.metadata
 import inspect
 import io
 import itertools
@@ -38,7 +39,7 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, singledispatch
 from html import escape, unescape
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
@@ -552,7 +553,7 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
 def real_svhn(part: str) -> Split:
     """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
 
-    Raises DataError; also ImportError without huggingface_hub, where no file is in A3_DATA_ROOT.
+    Raises DataError that lists what was tried.
     """
     root = data_root()
     mat = f"{part}_32x32.mat"
@@ -568,11 +569,15 @@ def real_svhn(part: str) -> Split:
             failures.append(describe_failure(root / pattern, error))
 
     url = f"{SVHN_HOST}/{mat}"
-    official = (url, partial(download, url, root / mat, SHA256[mat]))
+    sources = [(url, partial(download, url, root / mat, SHA256[mat]))]
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
-    mirror = hub_source(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset")
+    try:
+        sources.append(hub_source(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset"))
+    except ImportError as error:  # the official address may do
+        failure = describe_failure(SVHN_MIRROR, error)
+        failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
     hint = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
-    return read_svhn(part, [fetch_first(f"SVHN ({part})", [official, mirror], hint, failures)])
+    return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
 
 
 # Stand-ins, and which data a run takes
@@ -842,6 +847,8 @@ def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGen
     for candidate in names:
         try:
             return load_generator(candidate, device), "; ".join(reasons)
+        except DataError as error:  # its message names what is missing
+            reasons.append(short_reason(error).removesuffix("."))
         except Exception as error:  # an optional part stops no notebook
             reasons.append(f"{candidate}: {short_reason(error).removesuffix('.')}")
     return None, "; ".join(reasons)
@@ -861,8 +868,8 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, not Python's random and not numpy, and ask cuDNN for repeatable kernels."""
+def seed_torch(seed: int) -> None:
+    """Seed torch's random numbers, and ask cuDNN for repeatable kernels."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
@@ -1039,8 +1046,8 @@ def fit(
     Raises FloatingPointError when the loss is not finite.
     """
     # What `fit` itself uses, and the arguments do not reach.
-    own = [new_training, seed_everything, epoch_seed, setting("A3_PRECISION")]
-    key = fingerprint(train_epoch, model, batches, loss_fn, plan, own)
+    of_fit = [new_training, seed_torch, epoch_seed, setting("A3_PRECISION")]
+    key = fingerprint(train_epoch, model, batches, loss_fn, plan, of_fit)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
@@ -1050,7 +1057,7 @@ def fit(
         _progress.advance(len(history), STORED)
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
-        seed_everything(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
+        seed_torch(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
         means = train_epoch(training, batches(epoch), loss_fn)
         require_finite(means["loss"], plan, epoch)
         row = {f"train_{name}": value for name, value in means.items()}
@@ -1109,7 +1116,7 @@ def fingerprint(*parts: object) -> str:
             return digests[id(part)]
         alive.append(part)
         digests[id(part)] = b"a part that contains itself"
-        content = describe(part)
+        content = content_of(part)
         if isinstance(content, list):
             inner = [digest(one) for one in content]
             if isinstance(part, set | frozenset):
@@ -1123,7 +1130,7 @@ def fingerprint(*parts: object) -> str:
 
 
 @singledispatch
-def describe(part: object) -> bytes | list:
+def content_of(part: object) -> bytes | list:
     """What a fingerprint covers of `part`: its bytes, or further parts.
 
     This one is for instances without a rule of their own: what pickle would store of them.
@@ -1142,63 +1149,63 @@ def describe(part: object) -> bytes | list:
     return [list(one) if isinstance(one, Iterator) else one for one in stored]
 
 
-@describe.register
-def describe_value(part: int | float | complex | str | bytes | NoneType) -> bytes:
+@content_of.register
+def content_of_value(part: int | float | complex | str | bytes | NoneType) -> bytes:
     return repr(part).encode()
 
 
-@describe.register
-def describe_collection(part: list | tuple | set | frozenset) -> list:
+@content_of.register
+def content_of_collection(part: list | tuple | set | frozenset) -> list:
     return list(part)
 
 
-@describe.register
-def describe_dict(part: dict) -> list:
+@content_of.register
+def content_of_dict(part: dict) -> list:
     return sorted(part.items(), key=lambda item: repr(item[0]))  # keys are text or numbers
 
 
-@describe.register
-def describe_device(part: torch.device) -> list:
+@content_of.register
+def content_of_device(part: torch.device) -> list:
     return []
 
 
-@describe.register
-def describe_array(part: np.ndarray | np.generic) -> list:
+@content_of.register
+def content_of_array(part: np.ndarray | np.generic) -> list:
     return [part.dtype.str, part.shape, hashlib.sha256(part.tobytes()).digest()]
 
 
-@describe.register
-def describe_tensor(part: Tensor) -> list:
+@content_of.register
+def content_of_tensor(part: Tensor) -> list:
     content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     shape = tuple(part.shape)
     return [str(part.dtype), shape, part.requires_grad, hashlib.sha256(content).digest()]
 
 
-@describe.register
-def describe_network(part: nn.Module) -> list:
+@content_of.register
+def content_of_network(part: nn.Module) -> list:
     inherited = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in inherited}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [type(part), part.training, list(part.named_children()), weights, attributes]
 
 
-@describe.register
-def describe_module(part: ModuleType) -> list:
+@content_of.register
+def content_of_module(part: ModuleType) -> list:
     return [part.__name__]
 
 
-@describe.register
-def describe_property(part: property) -> list:
+@content_of.register
+def content_of_property(part: property) -> list:
     return [part.fget]
 
 
-@describe.register
-def describe_method(part: MethodType) -> list:
+@content_of.register
+def content_of_method(part: MethodType) -> list:
     return [part.__func__, part.__self__]
 
 
-@describe.register
-def describe_function(part: FunctionType) -> list:
+@content_of.register
+def content_of_function(part: FunctionType) -> list:
     # Not part.__module__, which torch.no_grad() copies from the function that it decorates.
     if not is_ours(part.__globals__.get("__name__")):
         return [part.__qualname__, getattr(part, "__wrapped__", None)]
@@ -1206,20 +1213,20 @@ def describe_function(part: FunctionType) -> list:
     return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
 
 
-@describe.register
-def describe_class(part: type) -> list:
+@content_of.register
+def content_of_class(part: type) -> list:
     if not is_ours(part.__module__):
         return [part.__module__, part.__qualname__]
-    members = {name: value for name, value in vars(part).items() if is_written(name, value)}
+    members = {name: value for name, value in vars(part).items() if is_in_source(name, value)}
     return [part.__qualname__, part.__bases__, members]
 
 
-@describe.register
-def describe_code(part: CodeType) -> list:
+@content_of.register
+def content_of_code(part: CodeType) -> list:
     text = source_text(part)
     if text is None:  # a lambda, or typed at a prompt
         return [part.co_code, part.co_names, part.co_consts]
-    return [text, part.co_varnames[: part.co_argcount + part.co_kwonlyargcount]]
+    return [text]
 
 
 def is_ours(module: str | None) -> bool:
@@ -1234,7 +1241,7 @@ def is_ours(module: str | None) -> bool:
     return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
-def is_written(name: str, member: object) -> bool:
+def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
     if not name.startswith("__"):  # a plain name: all are, but for the one that abc adds
         return name != "_abc_impl"
@@ -1318,13 +1325,13 @@ STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finishe
 # first epochs of the first stage, the time of the whole run is known on any machine.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
-        "1 (b) recipes": 2.0,
-        "1 (b)": 20.5,
+        "1 (b) recipes": 2.5,
+        "1 (b)": 24.5,
         "1 (c) sharing": 4.0,
-        "1 (c)": 20.5,
-        "1 (d) recipes": 1.2,
-        "1 (d)": 7.5,
-        "1 (d) sizes": 3.6,
+        "1 (c)": 22.2,
+        "1 (d) recipes": 1.0,
+        "1 (d)": 8.4,
+        "1 (d) sizes": 3.5,
         "1 (e) variants": 4.0,
         "1 (e)": 1.0,
         "all else": 3.0,
@@ -1369,11 +1376,12 @@ def free_memory() -> float:
         groups = []
     for line in groups:
         _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
         root = CGROUPS / "memory" if controllers else CGROUPS
-        if "memory" in controllers or not controllers:
-            folder = root / path.lstrip("/")
-            # With the groups around it; above CGROUPS there are none.
-            free += [group_memory(one) for one in (folder, *folder.parents)]
+        folder = root / path.lstrip("/")
+        # With the groups around it; above CGROUPS there are none.
+        free += [group_memory(one) for one in (folder, *folder.parents)]
     return min(free)
 
 
@@ -1561,10 +1569,13 @@ class StageDisplay:
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
-        # disable=None: no bar where the file says that it is no terminal, as a log file does.
-        # DisplayStream does not say, so a notebook has its bar.
         self.bar = tqdm(
-            total=self.epochs, desc=self.title, unit="epoch", file=file, leave=False, disable=None
+            total=self.epochs,
+            desc=self.title,
+            unit="epoch",
+            file=file,
+            leave=False,
+            disable=None if file is sys.stdout else False,  # None: no bar in a log file
         )
         self.thread.start()
         return self
@@ -1710,9 +1721,10 @@ def show_table(
 
 def show_claims(claims: dict[str, bool]) -> None:
     """Show which of the discussions' sentences hold in this run."""
-    held = {sentence: bool(holds) for sentence, holds in claims.items()}
-    words = ["holds" if holds else "does not hold" for holds in held.values()]
-    show_frame(pd.DataFrame({"claim": list(held), "in this run": words}), "", {"claims": held})
+    claims = {sentence: bool(holds) for sentence, holds in claims.items()}  # numpy's bools, too
+    words = ["holds" if holds else "does not hold" for holds in claims.values()]
+    frame = pd.DataFrame({"claim": list(claims), "in this run": words})
+    show_frame(frame, "", {"claims": claims})
 
 
 def show_frame(
@@ -1721,19 +1733,19 @@ def show_frame(
     """Show a frame as an HTML table: the first column to the left, the others to the right."""
     cells = frame.map(cell_text)
     with pd.option_context("display.max_colwidth", None):
-        page = BeautifulSoup(cells.to_html(index=False, border=0), "html.parser")
+        soup = BeautifulSoup(cells.to_html(index=False, border=0), "html.parser")
         plain = cells.to_string(index=False)
-    for row in page("tr"):
+    for row in soup("tr"):
         first, *others = row(["th", "td"])
         first["style"] = "text-align: left"
         for entry in others:
             entry["style"] = "text-align: right"
     if caption:
-        heading = page.new_tag("caption", style="caption-side: top; text-align: left")
+        heading = soup.new_tag("caption", style="caption-side: top; text-align: left")
         heading.string = caption
-        page.table.insert(0, heading)
+        soup.table.insert(0, heading)
         plain = f"{caption}\n{plain}"
-    show({"text/html": str(page), "text/plain": plain}, metadata, at)
+    show({"text/html": str(soup), "text/plain": plain}, metadata, at)
 
 
 def cell_text(value: object) -> str:
@@ -2170,8 +2182,8 @@ def check_versions() -> None:
     """Raise ImportError with the package, the version found and the version needed."""
     for package, needed in NEEDED_VERSIONS.items():
         found = "none"
-        with suppress(metadata.PackageNotFoundError):
-            found = metadata.version(package)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.version(package)
         if found == "none" or Version(found) < Version(needed):
             raise ImportError(
                 f"The PDF needs {package} {needed} or newer, found: {found}. Run "

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +375,22 @@ def test_real_stops_with_an_error_that_says_what_to_do(small_svhn):
     for load in (utils.load_mnist, utils.load_svhn):
         with pytest.raises(utils.DataError, match=r"(?s)Connection refused.*What to do: run again"):
             load()
+
+
+def test_without_huggingface_hub_the_reason_is_shown_and_a_stand_in_serves(
+    drawn_digits, small_svhn, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    reason = (
+        r"ufldl-stanford/svhn: ModuleNotFoundError: .*huggingface_hub.*; "
+        "run %pip install --upgrade huggingface_hub"
+    )
+    with pytest.raises(utils.DataError, match=reason) as caught:
+        utils.load_svhn()
+    assert f"{NOWHERE}/train_32x32.mat: URLError" in str(caught.value)  # tried all the same
+    monkeypatch.setenv("A3_DATA", "auto")
+    assert utils.load_svhn() is drawn_digits
+    assert re.search(reason, capsys.readouterr().out)
 
 
 def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_the_network(

@@ -6,6 +6,7 @@ import http.server
 import re
 import socket
 import ssl
+import sys
 import threading
 import time
 import urllib.error
@@ -320,6 +321,11 @@ def test_svhn_comes_from_the_official_address_though_cut_once(both_hosts, server
     load_twice(both_hosts)
     assert server.hits == ["/official/train_32x32.mat"] * 2 + ["/official/test_32x32.mat"]
     assert names(utils.data_root()) == ["test_32x32.mat", "train_32x32.mat"]
+
+
+def test_the_official_address_serves_without_huggingface_hub(both_hosts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    load_twice(both_hosts)
 
 
 def test_svhn_comes_from_the_mirror_though_cut_once(both_hosts, server, capfd):

@@ -241,7 +241,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     variant, plan = nb.VARIANTS[name], utils.Plan("x", epochs=2, steps=3, seed=1)
     network = nb.StreetClassifier()
     model, _ = nb.train_embedding(variant, network, data, plan)
-    utils.seed_everything(plan.seed)
+    utils.seed_torch(plan.seed)
     started = nb.JointEmbedding(network, variant.small, variant.unit_sphere)
     assert torch.equal(model.W.weight, started.W.weight)
     _, _, batches, loss_fn, done = handed
@@ -269,7 +269,7 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
     assert all(0 <= row["train_active"] <= 100 for row in history)
     for name, value in model.g.state_dict().items():
         assert torch.equal(value, before[name])
-    utils.seed_everything(1)
+    utils.seed_torch(1)
     untrained = nb.JointEmbedding(network, True, True).state_dict()
     moved = {n for n, value in model.named_parameters() if not torch.equal(value, untrained[n])}
     assert moved == {n for n, _ in model.named_parameters() if not n.startswith("g.")}

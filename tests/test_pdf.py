@@ -465,14 +465,14 @@ def test_without_an_answer_of_colab_the_file_is_used(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("package", list(utils.NEEDED_VERSIONS))
 @pytest.mark.parametrize("found", ["0.1", None])
 def test_a_package_too_old_or_missing_is_named(monkeypatch, package, found):
-    original = utils.metadata.version
+    original = utils.importlib.metadata.version
 
     def version(name: str) -> str:
         if name == package and not found:
-            raise utils.metadata.PackageNotFoundError(name)
+            raise utils.importlib.metadata.PackageNotFoundError(name)
         return found if name == package else original(name)
 
-    monkeypatch.setattr(utils.metadata, "version", version)
+    monkeypatch.setattr(utils.importlib.metadata, "version", version)
     needed = utils.NEEDED_VERSIONS[package]
     with pytest.raises(ImportError, match=f"{package} {needed} or newer, found: {found or 'none'}"):
         export(md("a"))

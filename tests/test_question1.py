@@ -226,7 +226,7 @@ def test_a_single_task_training_learns_and_moves_all_weights(nb):
     assert history[-1]["test_acc"] > 95
     assert history[-1]["test_acc"] == nb.evaluate_split(model, test)["test_acc"]
     assert [row["epoch"] for row in history] == [1, 2, 3]
-    utils.seed_everything(5)
+    utils.seed_torch(5)
     untrained = nn.Sequential(nn.Sequential(), nb.base_trunk(), nb.task_head())
     assert_all_moved(model, untrained.state_dict())
 
@@ -264,7 +264,7 @@ def test_a_multi_task_training_learns_both_tasks_and_moves_all_weights(nb, kind)
     for number, role in enumerate(("handwritten", "street")):
         assert nb.task_history(history, role)[-1]["test_acc"] > 90
         assert nb.evaluate_split(model.task(1 - number), test[number])["test_acc"] < 60
-    utils.seed_everything(0)
+    utils.seed_torch(0)
     assert_all_moved(model, nb.TwoHeads(kind, tasks.recipes).state_dict())
 
 
