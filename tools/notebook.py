@@ -30,6 +30,7 @@ import nbclient
 import nbformat
 from bs4 import BeautifulSoup
 from jupyter_client import AsyncKernelManager
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,7 +334,6 @@ def run_notebook(output: Path) -> None:
         notebook,
         Console(sys.stdout),
         kernel_name="python3",
-        coalesce_streams=True,
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
     )
@@ -343,6 +343,8 @@ def run_notebook(output: Path) -> None:
     except nbclient.exceptions.CellExecutionError as error:
         raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
     finally:
+        # Not by nbclient, which does it after each cell and then loses its displays.
+        CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
