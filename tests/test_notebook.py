@@ -292,7 +292,8 @@ def python(code, folder, executable=sys.executable, **environment):
     done = subprocess.run(
         [executable, "-c", code],
         cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+        # unbuffered: what is printed and what fails come in their order
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -423,7 +424,7 @@ def test_the_install_cell_upgrades_what_is_too_old(committed, hub, system, tmp_p
 def test_the_install_cell_says_why_a_package_is_missing_and_goes_on(committed, hub, tmp_path):
     write_wheel(tmp_path, 2, requires="Requires-Dist: numpy>=99\n")
     printed = hub(install_code(committed, "a3-example"))
-    assert printed.startswith("pip could not install a3-example (ERROR: ")
+    assert printed.startswith("pip could not install a3-example (ERROR: Cannot install a3-example")
     assert "No module named 'a3_example'" in printed
 
 
