@@ -339,7 +339,7 @@ def wait_for_answer(url: str) -> None:
     # In a thread, as no time-out of a socket ends the wait for a name server. (Python's exit waits
     # for the thread, until the system gives the name server up.)
     pool = ThreadPoolExecutor(max_workers=1)
-    try:
+    try:  # the longer time-out only ends the thread
         pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
         return  # the server is there; the download will say what is wrong
@@ -362,7 +362,7 @@ def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
 
 
 def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence[str] = ()) -> Path:
-    """The file that the first of `sources` gives.
+    """The file from the first of `sources` that gives one.
 
     Raises DataError that lists all failures, those in `tried` first, and says what to do.
     """
@@ -530,7 +530,8 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file or the mirror's parquet files.
 
     Raises DataError where a checksum or the numbers of digits are not those of SVHN. A set may be
-    cut short (we have 6,000 test images), but training needs all ten digits.
+    cut short (the committed run's test file holds the first 6,000 images), but training needs all
+    ten digits.
     """
     name, first = f"svhn-{part}", files[0]
     digests = [file_sha256(file) for file in files]
@@ -697,8 +698,8 @@ def load_published_g(model: nn.Module) -> None:
     """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
     path = download_once(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
     load_weights(model, path)
-    # It was trained on the labels 1 to 10, 10 for zero, counted from 0. So its outputs are for the
-    # digits 1, 2, ..., 9, 0; rolled by one they are for 0, 1, ..., 9.
+    # Its output i stands for the digit i + 1, the last one for 0. Rolled by one, output i stands
+    # for the digit i.
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.copy_(parameter.roll(1, 0))
@@ -719,7 +720,7 @@ def load_our_g(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Percent of `split` that `model` reads right, in fp32 on every machine.
+    """Percent of `split` that `model` reads right, without autocast.
 
     `model` must be in eval mode and on `device`.
     """
@@ -737,7 +738,7 @@ def short_reason(error: Exception) -> str:
 def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
     """Fill `model`, the notebook's StreetClassifier, with trained weights, on `device`, eval mode.
 
-    For real SVHN the starter's published weights, else this project's. Each is tried on 1,000
+    This project's weights; for real SVHN the starter's published ones first. Each is tried on 1,000
     training images of `street` and left out below 90 %; the reason is printed. Returns the origin
     as half a sentence, or None when no weights can be used: `model` is then of no use.
     """
@@ -797,7 +798,7 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
     else:
         source = hub_source(BIGGAN_128_MIRROR, "pytorch_model.bin", data_root() / name)
         path = fetch_first(name, [source], "run again with a network")
-    # Key for key; the library's from_pretrained accepts any file.
+    # load_weights checks all keys; the library's from_pretrained would accept any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
     title = f"BigGAN-deep {side} x {side} (ImageNet, DeepMind's weights)"
@@ -912,7 +913,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """The run of the notebook that goes on: see `start_run`."""
+    """The notebook's current run: see `start_run`."""
 
     profile: str = ""
     first_line: str = ""
@@ -1032,7 +1033,9 @@ def fit(
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
     plan: Plan,
 ) -> History:
-    """Train `model` by the notebook's loop `train_epoch`, with AdamW; continue a stored training.
+    """Train `model` in place by the notebook's loop `train_epoch`, with AdamW; return its history.
+
+    A stored training goes on where it stopped.
 
     train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
     means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
@@ -1041,11 +1044,11 @@ def fit(
     The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
     handed over, so what is changed trains again. The device, its automatic precision, versions of
     packages and the code of `fit` itself do not count. An error or an interrupt loses the current
-    epoch, and of the finished ones those of the last ten seconds at most.
+    epoch, and of the finished ones those that ended within ten seconds of the last save.
 
     Raises FloatingPointError when the loss is not finite.
     """
-    # What `fit` itself uses, and the arguments do not reach.
+    # Functions that `fit` calls and that decide numbers; its own text does not count.
     of_fit = [new_training, seed_torch, epoch_seed, setting("A3_PRECISION")]
     key = fingerprint(train_epoch, model, batches, loss_fn, plan, of_fit)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
@@ -1105,8 +1108,9 @@ def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
 def fingerprint(*parts: object) -> str:
     """16 hex digits of all that decides what `parts` do: values, source texts, what those use.
 
-    The project's own functions and classes are followed into everything that they call. Those of
-    Python and of installed packages count by their names.
+    The project's own functions and classes are followed into the global functions and classes that
+    they name; what they import in their body is not. Those of Python and of installed packages
+    count by their names. Comments and docstrings are part of a source text.
     """
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
@@ -1243,7 +1247,7 @@ def is_ours(module: str | None) -> bool:
 
 def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):  # a plain name: all are, but for the one that abc adds
+    if not name.startswith("__"):  # all plain names come from the text, but for abc's
         return name != "_abc_impl"
     if not isinstance(member, FunctionType):
         return False
@@ -1255,7 +1259,8 @@ def is_in_source(name: str, member: object) -> bool:
 def source_text(code: CodeType) -> str | None:
     """The text of `code` in its file as it is now, or None where there is none of its own.
 
-    So restart the kernel after a change of a .py file: until then the old code goes on to run.
+    If a .py file changes while the kernel runs, this is the new text, but the old code goes on to
+    run: restart the kernel.
     """
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename)
@@ -1312,8 +1317,8 @@ Result = TypeVar("Result")
 
 MEMORY_OF_A_TRAINING = 1.5e9  # bytes, with the libraries
 CGROUPS = Path("/sys/fs/cgroup")
-# For workers: glibc gives freed memory back at once, which costs a quarter of a training's time
-# in page faults (12.2 against 8.9 s).
+# By default glibc returns freed memory at once; the page faults cost a worker a quarter of its
+# time (12.2 against 8.9 s). With these settings it keeps the memory.
 WORKER_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -1321,8 +1326,8 @@ WORKER_SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finished epoch
-# Minutes of each stage that every run has, by its title, on one machine: from the ratios and the
-# first epochs of the first stage, the time of the whole run is known on any machine.
+# How long the stages took in one run, by title. Only their ratios are used: the first stage without
+# stored trainings tells, by them, about how long the whole run takes.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
         "1 (b) recipes": 2.5,
@@ -1600,7 +1605,8 @@ class StageDisplay:
     def estimate(self, trained: int) -> None:
         """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
         now = time.perf_counter()
-        if self.first_count == 0:  # before the first epochs, the workers started
+        # Timed from the first tick that sees an epoch: before it, the workers started.
+        if self.first_count == 0:
             self.first_time, self.first_count = now, trained
         timed = trained - self.first_count
         if timed == 0 or timed < self.epochs / 10:
@@ -1848,7 +1854,8 @@ class TypstPDFExporter(HTMLExporter):
     Tags of cells: LEFT_OUT, hide-code (outputs only), appendix and claims (outputs in place, code
     in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption (left
     out, as the caption stands at the figure); claims, a dict of sentences and whether they hold.
-    `notices` tells what could not be shown: "cell N: what".
+    `notices` tells what could not be shown, which claims do not hold, and which names are missing:
+    "cell N: what".
     """
 
     export_from_notebook = "PDF (Typst)"
@@ -1965,7 +1972,7 @@ class TypstPDFExporter(HTMLExporter):
     def note_claims(self, number: int, claims: dict[str, bool]) -> None:
         """Name the claims that do not hold, and the cells whose text makes them."""
         failed = [sentence for sentence, holds in claims.items() if not holds]
-        count = f"{len(failed)} of {len(claims)} claims do not hold"
+        summary = f"{len(failed)} of {len(claims)} claims do not hold"
         for sentence in failed:
             places = [
                 str(place)
@@ -1973,7 +1980,7 @@ class TypstPDFExporter(HTMLExporter):
                 if contains_sentence(cell, sentence)
             ]
             where = f" (in cell {', '.join(places)})" if places else ""
-            self.note(number, f"{count}: {sentence}{where}")
+            self.note(number, f"{summary}: {sentence}{where}")
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
@@ -2089,8 +2096,8 @@ class TypstPDFExporter(HTMLExporter):
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
         # What is left are letters without glyphs. PDF/A forbids them, a plain PDF does not.
         if content is None:
-            names = self.name_letters(problem, parts)
-            content, problem = self.compile_typst(names + join_parts(body, appendix))
+            rules = self.name_letters(problem, parts)
+            content, problem = self.compile_typst(rules + join_parts(body, appendix))
         if content is None:
             raise RuntimeError(f"Typst cannot set the notebook: {problem}")
         return content
@@ -2179,7 +2186,7 @@ class TypstPDFExporter(HTMLExporter):
 
 
 def check_versions() -> None:
-    """Raise ImportError with the package, the version found and the version needed."""
+    """Raise ImportError where a package of NEEDED_VERSIONS is missing or too old."""
     for package, needed in NEEDED_VERSIONS.items():
         found = "none"
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -2289,10 +2296,11 @@ def mend_links(soups: list[BeautifulSoup]) -> None:
             address = link.get("href", "")
             if address.startswith("#"):
                 address = "#" + ids.get(slug(address), "")
-            if 1 < len(address) <= LONGEST_LINK:
-                link.attrs = {"href": address}
-            else:
+            is_broken = address in ("", "#")
+            if is_broken or len(address) > LONGEST_LINK:
                 link.unwrap()
+            else:
+                link.attrs = {"href": address}
 
 
 def slug(heading: str) -> str:
@@ -2349,7 +2357,7 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
         cell.execution_count = cell.get("execution_count")
         cell.outputs = [with_output_fields(output) for output in cell.get("outputs") or []]
         if NAME_CELL.search(cell.source) and not LEFT_OUT & set(cell.metadata.tags):
-            cell.metadata.tags.append("submission")  # Colab neither shows nor keeps tags
+            cell.metadata.tags.append("submission")  # one retyped in Colab has no tag
     return nb
 
 
@@ -2363,7 +2371,7 @@ def with_output_fields(output: NotebookNode) -> NotebookNode:
 
 
 def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[str]:
-    """Write the executed notebook as a PDF beside it; print and return what could not be shown.
+    """Write the executed notebook as a PDF beside it; print and return the exporter's notices.
 
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
     to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
@@ -2374,7 +2382,8 @@ def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[st
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
     write_atomically(pdf, lambda file: file.write_bytes(content))
-    print(*exporter.notices, f"PDF of {path.name} as last saved: {pdf.resolve()}", sep="\n")
+    state = "as it is open" if found else "as last saved"
+    print(*exporter.notices, f"PDF of {path.name} {state}: {pdf.resolve()}", sep="\n")
     if in_colab():
         try:
             import_module("google.colab.files").download(str(pdf))

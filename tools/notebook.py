@@ -191,45 +191,46 @@ def sync(path: Path = NOTEBOOK) -> None:
 
 
 class Console:
-    """Prints lines, and below them the line in progress: what a progress bar shows.
+    """Prints lines, and below them what is in progress: a progress bar, or a line without its end.
 
-    A terminal shows each state of the line in progress, in one place; elsewhere (a log file) only
-    its last state is printed.
+    A terminal shows each state of it, in one place; elsewhere (a log file) only its last state is
+    printed.
     """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.line = ""  # in progress: of a stream or of a display
+        self.bar = ""  # of a display
         self.unfinished = ""  # of a stream: what came after its last line end
 
     def write(self, text: str) -> None:
         """Take the next piece of a stream, of any length."""
-        if self.line == self.unfinished:  # the stream's own: print_line must not show it again
-            self.line = ""
         *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
             self.print_line(visible(line))
-        if self.unfinished:
-            self.progress(self.unfinished)
+        if not self.bar:
+            self._show(self.unfinished)
 
     def print_line(self, text: str) -> None:
-        """Print a line above the one in progress."""
+        """Print a line above the bar."""
         self._put(text + "\n")
-        if self.line:
-            self.progress(self.line)
+        self._show(self.bar)
 
     def progress(self, text: str) -> None:
-        """Show a new state of the line in progress."""
-        self.line = text
-        if self.stream.isatty():
-            self._put(visible(text)[: shutil.get_terminal_size().columns - 1])
+        """Show a new state of the bar."""
+        self.bar = text
+        self._show(text)
 
     def finish(self) -> None:
-        """The line in progress is complete: keep its last state."""
-        if visible(self.line):
-            self._put(visible(self.line) + "\n")
-        self.line = ""
+        """What is in progress is complete: keep its last state."""
+        for text in (self.unfinished, self.bar):
+            if visible(text):
+                self._put(visible(text) + "\n")
         self.unfinished = ""
+        self.bar = ""
+
+    def _show(self, text: str) -> None:
+        if text and self.stream.isatty():
+            self._put(visible(text)[: shutil.get_terminal_size().columns - 1])
 
     def _put(self, text: str) -> None:
         erase = "\r\x1b[K" if self.stream.isatty() else ""
@@ -413,9 +414,9 @@ def publish(executed: Path) -> None:
     """Make an executed notebook the committed one, with its figures, results and README table.
 
     The text is the committed notebook's; its code must be that of the run. After a run one may
-    still correct text, the comments, docstrings and PDF export of utils.py, and claims, which are
-    then evaluated again from the run's results. Raises SystemExit with every reason why a run
-    cannot be published.
+    still correct text, comments and docstrings of utils.py, its PDF section (not the imports at its
+    top), and claims, which are then evaluated again from the run's results. Raises SystemExit with
+    every reason why a run cannot be published.
     """
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     for path in (executed, figures / "results.json"):
@@ -449,12 +450,14 @@ def require_run_file(path: Path) -> None:
 
 
 def code_of(notebook: NotebookNode) -> list[str]:
-    """What a run executes of the code cells, in order; the cells of the claims count as text."""
+    """What a run executes of the code cells, in order; of claims only their places count."""
     code = []
     for cell in code_cells(notebook):
         if "helper-module" in tags(cell):
             code.append(code_that_runs(cell.source))
-        elif "claims" not in tags(cell):
+        elif "claims" in tags(cell):
+            code.append("claims")
+        else:
             code.append(cell.source)
     return code
 
@@ -584,7 +587,7 @@ def table_rows(output: NotebookNode) -> list[list[str]]:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """The rows as a table whose first row is its head; all columns but the first are numbers."""
+    """The rows as a table whose first row is its head; all columns but the first are set right."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     numbers = len(rows[0]) - 1
     alignment = "| :--- |" + " ---: |" * numbers

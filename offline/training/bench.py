@@ -6,17 +6,16 @@
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
 PyTorch's default memory format, 20 epochs of Adam at 1e-3. It gives a time and an accuracy. Ours:
 the whole set as one tensor, small images, channels_last, and a short training with Muon. Both train
-the same network on the same images, from the arrays on, with two threads in one process; the
-starter with one seed, ours with three, of which the median counts.
+the same network on the same images, from the arrays on, with the same number of threads in one
+process; the starter with one seed, ours with three, of which the median counts.
 
 The results go into bench.json beside this file: a list of records, one for each machine, arithmetic
 and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
 that was measured stays until --full measures it again. The first record is in the README's table.
 
-When the first record's starter was trained, the notebook's network, which it then used, was being
-changed to pool before its ReLU; which order its seconds belong to was not noted. Both orders give
-the same numbers and pooling first is the faster one, so the stored ratio is not too high. Now the
-starter has a network of its own here, which pools behind the ReLU, as handed out.
+The first record's starter may have pooled before its ReLU, which gives the same numbers in less
+time: its ratio is then too low, never too high. Now the starter pools behind the ReLU, as handed
+out.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first number in PASSES after which the test
@@ -211,7 +210,7 @@ def in_gray(split: utils.Split) -> utils.Split:
 
 
 def short_training(train: utils.Split, recipe: ShortRecipe, passes: float, seed: int) -> nn.Module:
-    """The model that a short recipe gives. SVHN's images are made gray here, too."""
+    """The model that a short recipe gives. SVHN is made gray here, so that it is timed."""
     torch.manual_seed(seed)
     train = in_gray(train)
     steps = max(1, round(passes * len(train) / recipe.batch_size))
@@ -296,8 +295,8 @@ def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[
 
 def arithmetic() -> str:
     """Number format and instructions of our trainings: 'bf16, AVX512'."""
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[utils.precision(CPU)]
-    return f"{short}, {torch.backends.cpu.get_cpu_capability()}"
+    number_format = {torch.float32: "fp32", torch.bfloat16: "bf16"}[utils.precision(CPU)]
+    return f"{number_format}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def this_kind(threads: int) -> Kind:
@@ -376,7 +375,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    """The README's text with the table of the first record, which other machines' runs leave."""
+    """The README's text with the table of the first record; other machines' runs add none."""
     return fill_readme(readme, BENCH_START, table(records[0]), BENCH_END)
 
 
