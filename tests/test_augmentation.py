@@ -1,7 +1,6 @@
 """Question 1: what happens to the pixels before they reach a network."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -25,37 +24,29 @@ def noise(count=64, size=24):
 
 def test_gray_has_the_rounded_itu_601_luma_of_each_image_and_its_label(nb):
     rgb = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [10, 20, 30]]
-    colors = torch.tensor(rgb, dtype=torch.uint8).view(5, 3, 1, 1)
-    split = utils.Split(colors.repeat(1000, 1, 2, 2), torch.arange(5).repeat(1000))
-    gray = nb.gray(split)
-    assert (gray.images.shape, gray.images.dtype) == ((5000, 1, 2, 2), torch.uint8)
-    values = torch.tensor([76, 150, 29, 255, 18])  # of 76.2, 149.7, 29.1, 255, 18.2
-    assert torch.equal(
-        gray.images.long(), values[split.labels][:, None, None, None].expand(5000, 1, 2, 2)
-    )
-    assert torch.equal(gray.labels, split.labels)
+    luma = torch.tensor([76, 150, 29, 255, 18])  # of 76.2, 149.7, 29.1, 255, 18.2
+    labels = torch.arange(5).repeat(1000)
+    colors = torch.tensor(rgb, dtype=torch.uint8)[labels].view(5000, 3, 1, 1)
+    gray = nb.gray(utils.Split(colors, labels))
+    assert (gray.images.shape, gray.images.dtype) == ((5000, 1, 1, 1), torch.uint8)
+    assert torch.equal(gray.images.flatten().long(), luma[labels])
+    assert torch.equal(gray.labels, labels)
 
 
-@pytest.mark.parametrize(("size", "before"), [(28, 2), (29, 1), (32, 0)])
-def test_padding_puts_zeros_around_the_middle_and_keeps_the_labels(nb, size, before):
-    split = noise_split(utils, 20, size)
+def test_padding_puts_zeros_around_the_middle_and_keeps_the_labels(nb):
+    split = noise_split(utils, 20, 28)
     padded = nb.pad_to(split)
-    inside = slice(before, before + size)
-    assert padded.images.shape == (20, 1, 32, 32)
-    assert torch.equal(padded.images[:, :, inside, inside], split.images)
-    assert padded.images.sum() == split.images.sum()
+    assert torch.equal(padded.images, F.pad(split.images, (2, 2, 2, 2)))
     assert torch.equal(padded.labels, split.labels)
 
 
 # ---- random changes ----
 
 
-@pytest.mark.parametrize("bounds", [(30, 0.1, 0.2, 0.3), (0, 0, 0, 0)])
-def test_affine_is_torchs_grid_of_a_rotation_shift_zoom_and_shear_of_each_images_own(nb, bounds):
+def test_affine_is_torchs_grid_of_a_rotation_shift_zoom_and_shear_of_each_images_own(nb):
     """Shear first, then rotation, then zoom; a shift of 1 is half of torch's grid."""
     images, generator = noise(), seeded()
-    # In the order in which they are drawn.
-    limits = (math.radians(bounds[0]), bounds[3], bounds[2], bounds[2], bounds[1], bounds[1])
+    limits = (math.radians(30), 0.3, 0.2, 0.2, 0.1, 0.1)  # in the order in which they are drawn
     numbers = [(2 * torch.rand(64, generator=generator) - 1) * limit for limit in limits]
     angle, slant, wide, tall, right, down = numbers
     zero, one = torch.zeros(64), torch.ones(64)
@@ -69,14 +60,8 @@ def test_affine_is_torchs_grid_of_a_rotation_shift_zoom_and_shear_of_each_images
     theta = torch.cat([zoom @ rotation @ shear, shift], 2)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    moved = nb.random_affine(images, seeded(), bounds)
+    moved = nb.random_affine(images, seeded(), (30, 0.1, 0.2, 0.3))
     assert torch.allclose(moved, expected, atol=1e-4)
-    assert torch.allclose(moved, images, atol=1e-4) == (bounds == (0, 0, 0, 0))
-
-
-def test_affine_repeats_borders(nb):
-    flat = torch.linspace(-1, 1, 50).view(50, 1, 1, 1).expand(50, 1, 20, 20)
-    assert torch.allclose(nb.random_affine(flat, seeded(), (45, 0.5, 0.5, 0.5)), flat, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 6])
@@ -86,12 +71,10 @@ def test_erase_paints_one_square_of_each_image_in_its_own_mean(nb, size):
     changed = erased != images
     means = images.mean((1, 2, 3), keepdim=True).expand_as(images)
     assert torch.equal(erased[changed], means[changed])
-    height = changed.any(3).sum((1, 2))
-    width = changed.any(2).sum((1, 2))
+    height, width = changed.any(3).sum((1, 2)), changed.any(2).sum((1, 2))
     assert torch.equal(changed.sum((1, 2, 3)), height * width)  # a full rectangle
     assert (int(height.max()), int(width.max())) == (size, size)
     assert min(height.min(), width.min()) >= max(1, size // 2)  # borders cut at most half
-    assert changed.any(0).all()  # anywhere
     assert len(changed.flatten(1).unique(dim=0)) > 50  # at a place of its own
 
 
@@ -129,8 +112,6 @@ def test_augment_applies_what_the_recipe_says_and_nothing_else(nb):
     expected = nb.random_invert(expected, generator)
     recipe = nb.Recipe(warp=(15, 0.1, 0.2, 0.3), erase=5, tones=True, invert=True)
     assert torch.equal(nb.augment(images, seeded(), recipe), expected)
-    for change in ({"warp": (9, 0, 0, 0)}, {"erase": 5}, {"tones": True}, {"invert": True}):
-        assert not torch.equal(nb.augment(images, seeded(), nb.Recipe(**change)), images)
 
 
 # ---- recipes, resampling ----
@@ -144,28 +125,23 @@ def test_the_baseline_is_the_suggestion_and_each_recipe_adds_to_the_one_before(n
     for before, after in pairwise(map(vars, recipes)):
         assert before != after
         assert all(after[name] for name, value in before.items() if value and name != "grow")
-    assert {recipe.batch_size for recipe in recipes} == {128}
 
 
 def test_images_are_cropped_and_resampled_alike_in_training_and_in_use(nb):
     """Training images before the training, test images in the model: the same numbers."""
     recipe = nb.Recipe(side=24, crop_columns=0.25)
-    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
-    images[0, :, :, 4:28] = torch.arange(0, 240, 10, dtype=torch.uint8)
-    images[1, :, :, :4], images[1, :, :, 28:] = 255, 255  # outside of the middle 24 columns
-    split = utils.Split(images, torch.tensor([3, 7]))
-    resample = nb.preprocessing(recipe)[0]
-    in_use = resample.eval()(images.float())
-    before_training = nb.resample_split(split, recipe)
+    images = noise_split(utils, 2, 32).images
+    images[..., :4], images[..., 28:] = 255, 255  # what is cut off
+    resample = nb.preprocessing(recipe)[0].eval()
+    in_use = resample(images.float())
+    expected = F.interpolate(images[..., 4:28].float(), (24, 24), mode="bilinear", antialias=True)
+    assert torch.allclose(in_use, expected, atol=1e-3)
+    before_training = nb.resample_split(utils.Split(images, torch.tensor([3, 7])), recipe)
     assert before_training.images.dtype == torch.uint8
-    assert (before_training.images - in_use).abs().max() <= 0.5
+    assert (before_training.images - in_use).abs().max() <= 0.501
     assert before_training.labels.tolist() == [3, 7]
-    assert in_use[0, 0, 5].tolist() == pytest.approx(range(0, 240, 10), abs=1e-3)
-    assert in_use[1].max() == 0
-    assert torch.equal(resample(in_use), in_use)  # not twice
-    smaller = images.float()[..., :18, :18]
+    smaller = in_use[..., :18, :18]
     assert resample.train()(smaller) is smaller  # the loader has done it
-    assert nb.resample_split(split, nb.Recipe()) is split
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -179,7 +155,16 @@ def test_each_image_enters_with_mean_0_and_deviation_1(nb, mode):
 
 def test_images_are_smaller_in_the_first_part_of_a_training_where_the_recipe_says_so(nb):
     assert [nb.side_in_training(nb.TUNED, share) for share in (0, 0.29, 0.31)] == [18, 18, None]
-    assert nb.side_in_training(replace(nb.TUNED, grow=False), 0) is None
     loader = nb.Loader(noise_split(utils), nb.TUNED, 8, utils.Plan("x", epochs=2, steps=10))
     sizes = [images.shape[2] for number in (0, 1) for images, _ in loader.epoch(number)]
     assert sizes == 6 * [18] + 14 * [24]
+
+
+def test_smaller_images_are_antialiased(nb):
+    split = noise_split(utils, 1).take([0] * 8)
+    loader = nb.Loader(split, nb.TUNED, 8, utils.Plan("x", epochs=2, steps=2))
+    images, _ = next(loader.epoch(0))
+    whole = utils.to_float(nb.resample_split(split, nb.TUNED).images)
+    torch.testing.assert_close(
+        images, F.interpolate(whole, (18, 18), mode="bilinear", antialias=True)
+    )

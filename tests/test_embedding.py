@@ -1,5 +1,6 @@
 """Question 1 (e): triplets, their loss, nearest neighbors, the encoders, and a frozen g."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -79,15 +80,8 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
 # ---- the loss ----
 
 
-def test_the_bracket_is_torchs_triplet_margin_loss_row_by_row(nb):
-    rows = [torch.randn(20, 64) for _ in range(3)]
-    for margin in (0.2, 1.5):
-        expected = nn.TripletMarginLoss(margin, reduction="none")(*rows)
-        assert torch.allclose(nb.triplet_losses(*rows, margin), expected)
-
-
 @pytest.mark.parametrize("semi_hard", [False, True])
-def test_the_loss_is_the_sum_of_both_sides_means_over_usable_anchors(nb, semi_hard):
+def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb, semi_hard):
     x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
     x.labels[:5] = 3
     y.labels[y.labels == 3] = 4  # no positive for digit 3
@@ -95,34 +89,26 @@ def test_the_loss_is_the_sum_of_both_sides_means_over_usable_anchors(nb, semi_ha
     torch.manual_seed(3)
     sides = []
     for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
-        triplet = nb.mine_triplets(anchors.labels, others.labels, d if semi_hard else None)
-        p, n, usable = triplet
+        d = d if semi_hard else None
+        p, n, usable = nb.mine_triplets(anchors.labels, others.labels, d)
         assert usable.all() == (anchors is y)
         rows = [part[usable] for part in (anchors.z, others.z[p], others.z[n])]
         sides.append(nn.TripletMarginLoss(0.2, reduction="none")(*rows))
     torch.manual_seed(3)  # the same random numbers, so the same triplets
     loss, active = nb.cross_domain_loss(x, y, semi_hard)
     assert torch.allclose(loss, sum(side.mean() for side in sides))
-    expected = np.mean([(side > 0).double().mean() for side in sides])
-    assert active.item() == pytest.approx(expected)
-    assert 0 < expected < 1
+    assert active.item() == pytest.approx(np.mean([(side > 0).double().mean() for side in sides]))
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])
-def test_the_loss_of_perfect_and_of_swapped_clusters_and_of_one_point(nb, semi_hard):
-    z, labels = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([0, 1])
-    x = nb.Digits(z, labels)
-    loss, active = nb.cross_domain_loss(x, nb.Digits(z + 0.01, labels), semi_hard)
-    assert (loss, active) == (0, 0)
-    loss, active = nb.cross_domain_loss(x, nb.Digits(z.flip(0), labels), semi_hard)
-    assert (loss.item(), active) == (pytest.approx(2 * 10.2, rel=1e-5), 1)
-    same = nb.Digits(torch.zeros(2, 2, requires_grad=True), labels)
+def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_hard):
+    same = nb.Digits(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
     nb.cross_domain_loss(same, same, semi_hard)[0].backward()
     assert torch.isfinite(same.z.grad).all()
-    alone = nb.Digits(z.requires_grad_(), torch.zeros(2).long())  # no negative anywhere
+    alone = nb.Digits(torch.randn(2, 2, requires_grad=True), torch.zeros(2).long())  # no negative
     loss, active = nb.cross_domain_loss(alone, alone, semi_hard)
     loss.backward()
-    assert (loss, active, z.grad.abs().sum()) == (0, 0, 0)
+    assert (loss, active, alone.z.grad.abs().sum()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])
@@ -138,29 +124,23 @@ def test_no_step_of_the_embedding_waits_for_a_gpu(nb, semi_hard):
 # ---- evaluation ----
 
 
-def test_neighbors_are_those_of_brute_force_and_of_scikit_learn(nb):
+def test_neighbors_are_those_of_scikit_learn(nb):
     x, y = embedded(nb, 2100, 1), embedded(nb, 300, 2)
     distances, indices = nb.nearest_neighbors(x.z, y.z, 5)
-    brute = np.linalg.norm(x.z.double().numpy()[:, None] - y.z.double().numpy()[None], axis=2)
-    assert (indices.numpy() == brute.argsort(1)[:, :5]).all()
-    assert np.allclose(distances, np.sort(brute, 1)[:, :5], atol=1e-4)
-    theirs = NearestNeighbors(n_neighbors=5).fit(y.z.numpy()).kneighbors(x.z.numpy())[1]
-    assert (indices.numpy() == theirs).all()
-    hits = (y.labels[theirs[:, 0]] == x.labels).numpy()
-    assert (nb.top1_hits(x, y).numpy() == hits).all()
-    assert nb.top1(x, y) == pytest.approx(100 * hits.mean())
+    exact = NearestNeighbors(n_neighbors=5).fit(y.z.numpy()).kneighbors(x.z.numpy())
+    assert np.allclose(distances, exact[0], atol=1e-4)
+    assert (indices.numpy() == exact[1]).all()
+    hits = y.labels[indices[:, 0]] == x.labels
+    assert nb.top1(x, y) == pytest.approx(100 * hits.double().mean().item())
 
 
 def test_a_draw_has_100_queries_and_2000_gallery_images_and_repeats_none(nb):
-    few, gallery = nb.sample_protocol(0, 100, 2_000)  # all there are
-    assert (few.sort().values == torch.arange(100)).all()
-    assert (gallery.sort().values == torch.arange(2_000)).all()
     draw, again, another = (nb.sample_protocol(seed, 10_000, 60_000) for seed in (0, 0, 1))
+    assert (len(draw[0].unique()), len(draw[1].unique())) == (100, 2_000)
     for indices, same, other, size in zip(draw, again, another, (10_000, 60_000), strict=True):
         assert torch.equal(indices, same)
         assert not torch.equal(indices, other)
-        assert indices.max() > 0.9 * size  # from all of them
-    assert (len(draw[0]), len(draw[1])) == (100, 2_000)
+        assert 0.9 * size < indices.max() < size  # from all of them
 
 
 def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
@@ -171,7 +151,6 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
         gallery = nb.Digits(y.z[gallery], y.labels[gallery])
         assert scores["100"][seed] == nb.top1(nb.Digits(x.z[few], x.labels[few]), gallery)
         assert scores["all"][seed] == nb.top1(x, gallery)
-    assert len(scores["100"]) == len(scores["all"]) == 3
 
 
 # ---- encoders ----
@@ -208,30 +187,25 @@ def data(nb):
 
 
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):
-    digits = utils.Split(
-        torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(250) % 10
-    )
-    digits = digits.take(np.arange(300) % 250)
-    plan = utils.Plan("x", epochs=2, steps=3, seed=1)
+    marks = torch.arange(256)  # an image or feature is its own number
+    digits = utils.Split(marks.to(torch.uint8).view(-1, 1, 1, 1), marks % 10)
     street = nb.Digits(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
-    batches = list(nb.TripletLoader(digits, street, nb.BASELINE, plan).epoch(0))
-    assert len(batches) == 3
+    plan = utils.Plan("x", epochs=2, steps=3, seed=1)
+    loader = nb.TripletLoader(digits, street, nb.BASELINE, plan)
+    batches = [*loader.epoch(0), *loader.epoch(1)]
+    assert len(batches) == 6
     orders = []
     for images, x_labels, features, y_labels in batches:
-        assert len(images) == len(x_labels) == len(features) == len(y_labels) == 256
         x_marks = ((images.flatten() + 1) * 127.5).round().long()
         y_marks = features.flatten().long()
         assert torch.equal(x_labels, x_marks % 10)
         assert torch.equal(y_labels, (y_marks + 3) % 10)
-        assert len(y_marks.unique()) == 256  # none twice
+        assert len(x_marks.unique()) == len(y_marks.unique()) == 256
         orders += [x_marks, y_marks]
     for number, order in enumerate(orders):
         assert all((order == other).sum() < 15 for other in orders[:number])
     few = next(nb.TripletLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
-    assert len(few[2].unique(dim=0)) == 10
     assert len(few[3]) == 90
-    other = next(nb.TripletLoader(digits, street, nb.BASELINE, plan).epoch(1))
-    assert not torch.equal(other[2], batches[0][2])
 
 
 @pytest.mark.parametrize("name", ["suggested", "both"])
@@ -239,11 +213,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     handed = []
     monkeypatch.setattr(utils, "fit", lambda *arguments: handed.extend(arguments))
     variant, plan = nb.VARIANTS[name], utils.Plan("x", epochs=2, steps=3, seed=1)
-    network = nb.StreetClassifier()
-    model, _ = nb.train_embedding(variant, network, data, plan)
-    utils.seed_torch(plan.seed)
-    started = nb.JointEmbedding(network, variant.small, variant.unit_sphere)
-    assert torch.equal(model.W.weight, started.W.weight)
+    model, _ = nb.train_embedding(variant, nb.StreetClassifier(), data, plan)
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"semi_hard": variant.semi_hard}
@@ -252,36 +222,31 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     assert torch.equal(next(batches(0))[0], next(expected)[0])
     held_out = nb.Digits(utils.predict(model, data.held_out), data.held_out.labels)
     gallery = nb.Digits(nb.embed_street(model, data.street.z), data.street.labels)
-    assert done.evaluate(model) == {"val_top1": nb.top1(held_out, gallery)}
-    monkeypatch.setattr(nb, "top1_of_draws", lambda *sets: {"all": [nb.top1(*sets), 0.0]})
-    mean = nb.top1(held_out, gallery) / 2
-    assert nb.validation_top1(model, data.held_out, data.street) == mean
+    top1 = nb.top1(held_out, gallery)
+    assert done.evaluate(model) == {"val_top1": top1}
+    # Each of the 20 draws takes all of so small a gallery.
+    assert nb.validation_top1(model, data.held_out, data.street) == pytest.approx(top1)
 
 
 def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(nb, data):
     torch.manual_seed(0)
     network = nb.StreetClassifier()
-    before = {name: value.clone() for name, value in network.features.state_dict().items()}
     plan = utils.Plan("x", epochs=2, steps=6, seed=1)
+    utils.seed_torch(plan.seed)
+    before = copy.deepcopy(nb.JointEmbedding(network, True, True).state_dict())
     model, history = nb.train_embedding(nb.VARIANTS["both"], network, data, plan)
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert history[-1]["val_top1"] > 90
-    assert all(0 <= row["train_active"] <= 100 for row in history)
-    for name, value in model.g.state_dict().items():
-        assert torch.equal(value, before[name])
-    utils.seed_torch(1)
-    untrained = nb.JointEmbedding(network, True, True).state_dict()
-    moved = {n for n, value in model.named_parameters() if not torch.equal(value, untrained[n])}
-    assert moved == {n for n, _ in model.named_parameters() if not n.startswith("g.")}
+    after = model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {name for name in after if not name.startswith("g.")}
 
 
-def test_g_stays_in_eval_mode_and_asks_for_no_gradients(nb):
+def test_g_has_no_dropout_no_new_statistics_and_no_gradients_in_training(nb):
     model = nb.JointEmbedding(nb.StreetClassifier(), False, False).train()
-    assert not any(part.training for part in model.g.modules())
-    assert all(part.training for part in model.f.modules())
-    assert not any(parameter.requires_grad for parameter in model.g.parameters())
-    before = {name: value.clone() for name, value in model.g.state_dict().items()}
+    before = copy.deepcopy(model.g.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    assert torch.equal(model(images), model(images))  # no dropout
+    assert torch.equal(model(images), model(images))
     assert all(torch.equal(value, before[name]) for name, value in model.g.state_dict().items())
-    assert not any(part.training for part in model.eval().modules())
+    assert not any(parameter.requires_grad for parameter in model.g.parameters())
+    assert all(part.training for part in model.f.modules())

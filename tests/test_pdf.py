@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,9 +17,7 @@ from PIL import Image
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = ROOT.parent / "shared" / "cases"
 SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='80' height='40'><path d='M1 1h9'/></svg>"
-GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 WHO = 'NAME = "Ada"  # @param {type:"string"}\nSTUDENT_NUMBER = 4000\nDISCUSSED_WITH = ["Bob"]'
 
 
@@ -72,18 +69,6 @@ def export(*cells: dict, folder: Path = ROOT) -> Exported:
     return Exported(notebook(*cells), folder)
 
 
-def words_inside_page(page: pypdf.PageObject) -> bool:
-    """Whether every piece of text begins and ends between the page's borders."""
-    places = []
-
-    def visit(text, matrix, text_matrix, font, size):
-        if text.strip():
-            places.append(text_matrix[4] * matrix[0] + matrix[4])
-
-    page.extract_text(visitor_text=visit)
-    return min(places) >= 0 and max(places) < page.mediabox.width
-
-
 # ---- Markdown and HTML ----
 
 MARKDOWN = {
@@ -91,14 +76,10 @@ MARKDOWN = {
     "<div class='alert'>my own answer</div>\n\n<details><summary>Why?</summary>\n\nbecause of "
     "*this*\n\n</details>": "my own answer Why? because of this",
     "H<sub>2</sub>O<br>and <font color='red'>red</font> <b>bold</b>": "H2O and red bold",
-    "Results:\n| a | b |\n|---|---|\n| 1 | 2 |": "Results: a b 1 2",
     "Results:\n| $a$ | ![x](p.png) |\n|:--|--:|\n| wide | 2 |": "Results: a wide 2",
     "x #let x = [1] @ref a_b_c \\foo `#c` ~": "x #let x = [1] @ref a_b_c \\foo #c ~",
     "<center>unclosed <div>block": "unclosed block",
-    "```python\ndef open(): pass": "def open(): pass",
-    "Привет, ελληνικά": "Привет, ελληνικά",
     "costs 5 $ or 6 dollars, \\$7 and \\$8": "costs 5 $ or 6 dollars, $7 and $8",
-    "= not a heading\n\n/ term: x": "= not a heading / term: x",
 }
 
 
@@ -111,52 +92,38 @@ def test_markdown_and_html_are_set(tmp_path):
     assert not re.search(r"rgb\(|DejaVu|\||<br|⟦", pdf.text)
 
 
-def test_links_lead_to_headings_and_the_words_of_broken_and_long_ones_stay():
+def test_links_lead_to_headings_and_the_words_of_broken_ones_stay():
     links = "[1 (b)](#1-(b)-Each-data-set), [git](#1-b-each-data-set), [web](https://a.org/b)"
-    broken = (
-        f"[dead](#nowhere), [empty](), [long](http://a/{'x' * 2500}), [data](data:,{'y' * 9000})"
-    )
-    pdf = export(md(f"# Title\n{links}, {broken}"), md("## 1 (b) Each data set"))
-    assert "1 (b), git, web, dead, empty, long, data" in pdf.text and not pdf.notices
+    broken = f"[dead](#nowhere), [empty](), [long](http://a/{'x' * 2500})"
+    headings = [md("## 1 (b) Each data set"), md("## Curves"), md("## Curves")]
+    pdf = export(md(f"# Title\n{links}, {broken}"), *headings)
+    assert "1 (b), git, web, dead, empty, long" in pdf.text and not pdf.notices
     assert len(pdf.links) == 3
-
-
-def test_a_link_leads_past_headings_that_repeat():
-    cells = [md("## Curves"), md("## Result"), md("## Curves"), md("## Discussion")]
-    pdf = export(md("# Title\nsee [the discussion](#Discussion)"), *cells)
-    assert len(pdf.links) == 1 and not pdf.notices
-    assert "see the discussion Curves Result Curves Discussion" in pdf.text
-
-
-def test_only_the_first_heading_becomes_the_title():
-    text = export(md("# First\none"), md("# Second\ntwo")).text
-    assert text.index("First") < text.index("one") < text.index("Second") < text.index("two")
 
 
 def test_what_cannot_be_shown_is_named():
     sources = [
         "![words](gone.png)",
-        "<img src='gone.png' alt='words'>",
-        "![words](http://a.b/c.png)",
         "![words](data:image/png;base64,AAAA)",
         "![words](attachment:gone.png)",
-        "<svg id='words'></svg>",
         "<iframe src='words'></iframe>",
-        "<video src='words'></video>",
     ]
     pdf = export(*[md(f"kept{n} {source} too") for n, source in enumerate(sources)])
-    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 9)]
-    assert all(f"kept{n}" in pdf.text for n in range(8)) and pdf.text.count("too") == 8
+    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 5)]
+    assert all(f"kept{n}" in pdf.text for n in range(4)) and pdf.text.count("too") == 4
 
 
 def test_images_of_every_kind_are_shown(tmp_path):
     (tmp_path / "a picture.png").write_bytes(png(61))
-    sources = ["![](a%20picture.png)", "![](attachment:in.png)", f"<img src='data:a;base64,{GIF}'>"]
-    attached = {"in.png": {"image/png": base64.b64encode(png(62)).decode()}}
-    cells = [md(source, attachments=attached) for source in sources]
-    outputs = [{"image/png": base64.b64encode(png(63)).decode()}, {"image/gif": GIF}]
-    pdf = export(*cells, code("f()", *map(shown, outputs)), folder=tmp_path)
-    assert not pdf.notices and pdf.images == 4  # equal ones are kept once
+    attached, in_line, output = [base64.b64encode(png(n)).decode() for n in (62, 63, 64)]
+    cells = [
+        md("![](a%20picture.png)"),
+        md("![](attachment:in.png)", attachments={"in.png": {"image/png": attached}}),
+        md(f"<img src='data:a;base64,{in_line}'>"),
+        code("f()", shown({"image/png": output})),
+    ]
+    pdf = export(*cells, folder=tmp_path)
+    assert not pdf.notices and pdf.images == 4
 
 
 def test_letters_that_no_font_has_are_named():
@@ -171,17 +138,13 @@ def test_letters_that_no_font_has_are_named():
 # ---- Formulas ----
 
 FORMULAS = r"""
-\alpha \varepsilon \odot \oplus \otimes \cap \bigcap_i \bigcup_i \setminus \leq \approx \propto
-\in \perp \mid \to \mapsto \implies \infty \partial \nabla \forall \emptyset \ldots \sum_{i=1}^n
-\int_0^1 \lim_{x\to0} \arg\min_x \operatorname{softmax}(x) \hat{x} \widehat{xy} \overline{xy}
-\tilde{x} \vec{x} \overrightarrow{AB} \underbrace{a+b}_{n} \stackrel{d}{=} \mathbb{R} \mathcal{L}
-\mathbf{x} \bm{x} \boldsymbol{\theta} \mathrm{d}x \mathtt{lr} \text{words} \frac{a}{b}
-\binom{n}{k} \sqrt[3]{x} x' 10^{-3} \left(\frac{a}{b}\right) \left\|x\right\| \lfloor{x}\rfloor
-\left.f\right|_{x=0} \bigl(x\bigr) \|x\|_2 \boxed{x} \cancel{x} \substack{a\\b} \% A^{\mathsf{T}}
+\varepsilon \odot \oplus \otimes \cap \bigcap_i \setminus \approx \nabla \emptyset \sum_{i=1}^n
+\int_0^1 \arg\min_x \operatorname{softmax}(x) \widehat{xy} \overrightarrow{AB} \mathcal{L}
+\bm{x} \boldsymbol{\theta} \mathtt{lr} \text{words} \frac{a}{b} \binom{n}{k} \sqrt[3]{x} 10^{-3}
+\left\|x\right\| \left.f\right|_{x=0} \|x\|_2 \boxed{x} \substack{a\\b} \% A^{\mathsf{T}}
 x\nonumber x\tag{1} x\label{eq:a} {\bf{x}} \rm{ReLU} {\cal{L}} a<b
 """
-MATRICES = ["matrix", "pmatrix", "bmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
-BLOCKS = ["align", "align*", "equation", "gather", "eqnarray"]
+MATRICES = ["pmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
 
 
 def test_formulas_that_students_use_are_set():
@@ -194,7 +157,7 @@ def test_formulas_that_students_use_are_set():
     assert not re.search(r"\\[a-z]|rgb\(|DejaVu|sect|circle|⟦", pdf.text)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", ["align", "equation", "eqnarray"])
 def test_an_environment_without_dollars_is_set(name):
     bare = rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}"
     pdf = export(md(f"The update is\n\n{bare}\n"), code("f()", shown({"text/latex": bare})))
@@ -202,12 +165,12 @@ def test_an_environment_without_dollars_is_set(name):
 
 
 def test_a_formula_that_cannot_be_set_costs_no_other():
-    broken = [r"\nosuchmacro{x}", r"\frac{a}{b", r"x^{2", r"{a\over{b}}", r"a\middle|b"]
+    broken = [r"\nosuchmacro{x}", r"\frac{a}{b", r"{a\over{b}}"]
     pdf = export(*[md(f"w{n} ${tex}$, $a \\odot b$ end") for n, tex in enumerate(broken)])
     numbers = [re.match(r"cell (\d+): formula", text)[1] for text in pdf.notices]
-    assert numbers == ["1", "2", "3", "4", "5"]
-    assert "\\nosuchmacro{x}" in pdf.text and pdf.text.count("⊙") == 5
-    assert all(f"w{n} " in pdf.text for n in range(5)) and pdf.text.count("end") == 5
+    assert numbers == ["1", "2", "3"]
+    assert "\\nosuchmacro{x}" in pdf.text and pdf.text.count("⊙") == 3
+    assert all(f"w{n} " in pdf.text for n in range(3)) and pdf.text.count("end") == 3
 
 
 def test_macros_reach_later_cells():
@@ -221,28 +184,16 @@ def test_a_macro_without_end_costs_no_more_than_its_formulas():
     assert "kept" in pdf.text and "x2 too" in pdf.text and len(pdf.notices) == 1
 
 
-def spoil_typst(monkeypatch) -> None:
-    """The word "spoil" makes Typst that is not valid."""
+def test_a_cell_that_cannot_be_set_is_shown_as_typed(monkeypatch):
     original = utils.pandoc
 
     def spoiled(text: str, from_format: str) -> str:
         return original(text, from_format).replace("spoil", "#nosuchname")
 
     monkeypatch.setattr(utils, "pandoc", spoiled)
-
-
-def test_a_cell_that_cannot_be_set_is_shown_as_source(monkeypatch):
-    spoil_typst(monkeypatch)
-    pdf = export(md("before"), md("this will spoil it"), md("after"))
-    assert "before this will spoil it after" in pdf.text
+    pdf = export(md("before"), md(r"this will spoil $\text{loss}$ here"), md("after"))
+    assert r"before this will spoil $\text{loss}$ here after" in pdf.text
     assert pdf.notices == ["cell 2: shown as source, as it cannot be set"]
-
-
-def test_a_cell_shown_as_source_shows_its_formulas_as_typed(monkeypatch):
-    spoil_typst(monkeypatch)
-    pdf = export(md(r"this will spoil $\text{loss}$ here"), md("after"))  # Typst: upright("loss")
-    assert r"this will spoil $\text{loss}$ here after" in pdf.text
-    assert pdf.notices == ["cell 1: shown as source, as it cannot be set"]
 
 
 # ---- Outputs, and notebooks as found in the wild ----
@@ -250,17 +201,16 @@ def test_a_cell_shown_as_source_shows_its_formulas_as_typed(monkeypatch):
 
 def test_outputs_are_shown_in_their_best_form():
     log = "".join(f"line {n} of the log\n" for n in range(500))
-    table = "<style>b{}</style><table><tr><th>acc</th></tr><tr><td>97.25</td></tr></table>"
+    table = "<style>b{}</style><table><tr><td>97.25</td></tr></table>"
     outputs = [
         stream(log),
         stream(" 40%|████   | 4/10\r100%|██████████| 10/10\n", "stderr"),
         stream("\x1b[31mred\x1b[0m words\n"),
-        shown({"text/markdown": "| data | accuracy |\n|---|--:|\n| digits | 98.76 |"}),
+        shown({"text/markdown": "| data |\n|---|\n| 98.76 |"}),
         shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
-        shown({"text/plain": "plain words 4711", "text/html": "<b>html words</b> $x^2$"}),
+        shown({"text/html": "<b>html words</b> $x^2$"}),
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
         shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
-        shown({"text/plain": ""}),
         shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
         {"output_type": "error", "ename": "E", "evalue": "e", "traceback": ["\x1b[1mTrace 99"]},
     ]
@@ -270,7 +220,7 @@ def test_outputs_are_shown_in_their_best_form():
     )
     for words in there.split("|"):
         assert words in pdf.text, words
-    for words in ["line 250", "40%", "Styler", "4711", "<Figure", "Intersection", "[31m", "[1m"]:
+    for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
         assert words not in pdf.text, words
     assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
 
@@ -278,13 +228,12 @@ def test_outputs_are_shown_in_their_best_form():
 def test_interactive_outputs_are_named():
     kinds = [
         {"application/vnd.plotly.v1+json": {}},
-        {"application/javascript": "x()", "text/plain": "<IPython.core.display.Javascript object>"},
-        {"text/html": "<div></div><script>plot()</script>"},
         {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
+        {"text/html": "<div></div><script>plot()</script>"},
     ]
     pdf = export(*[code("f()", shown(data)) for data in kinds])
-    assert pdf.text.count("not shown here") == 4
-    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 5)]
+    assert pdf.text.count("not shown here") == 3
+    assert [text.partition(":")[0] for text in pdf.notices] == ["cell 1", "cell 2", "cell 3"]
 
 
 def test_a_table_longer_than_a_page_goes_on_on_the_next():
@@ -301,38 +250,35 @@ def test_a_table_wider_than_the_page_is_set_smaller_and_named():
     assert pdf.notices and "24 columns" in pdf.notices[0]
 
 
-@pytest.mark.parametrize("line", ["0123456789abcdef" * 40, ",".join(["0.0001"] * 90)])
-def test_a_line_without_a_space_breaks_anywhere(line):
-    pdf = export(md(f"text {line}"), code(f'key = "{line}"', stream(line + "\n")))
-    lines = pdf.reader.pages[0].extract_text().replace("\u200b", "").splitlines()
+def test_a_line_without_a_space_breaks_anywhere():
+    line = "0123456789abcdef" * 40
+    page = export(md(f"text {line}"), code(f'key = "{line}"', stream(line + "\n"))).reader.pages[0]
+    places = []
+
+    def visit(text, matrix, text_matrix, font, size):
+        if text.strip():
+            places.append(text_matrix[4] * matrix[0] + matrix[4])
+
+    lines = page.extract_text(visitor_text=visit).replace("\u200b", "").splitlines()
     assert max(map(len, lines)) < 140 and len(lines) > 12
-    assert words_inside_page(pdf.reader.pages[0])
+    assert min(places) >= 0 and max(places) < page.mediabox.width
 
 
-def test_fields_that_are_missing():
+def test_missing_fields_and_a_byte_order_mark_cost_nothing():
+    outputs = [
+        {"output_type": "stream", "text": ["told"]},
+        {"output_type": "display_data"},
+        {"output_type": "display_data", "data": {"text/plain": ["seen"]}},
+        {"output_type": "error", "ename": "Err", "evalue": "why"},
+    ]
     cells = [
         {"cell_type": "markdown", "metadata": {"tags": None}, "source": ["kept ", "words"]},
         {"cell_type": "code", "source": "x1", "metadata": {}},
         {"cell_type": "raw", "source": "raw words", "metadata": {}},
-        code(
-            "y1",
-            {"output_type": "stream", "text": ["told"]},
-            {"output_type": "display_data"},
-            {"output_type": "display_data", "data": {"text/plain": ["seen"]}},
-            {"output_type": "error", "ename": "Err", "evalue": "why"},
-        ),
+        code("y1", *outputs),
     ]
-    text = export(*cells).text
+    text = Exported("\ufeff" + notebook(*cells)).text
     assert all(w in text for w in ["kept words", "x1", "y1", "told", "seen", "why", "raw words"])
-
-
-def test_old_formats_and_a_byte_order_mark():
-    assert "after a mark" in Exported("\ufeff" + notebook(md("after a mark"))).text
-    out = {"output_type": "stream", "stream": "stdout", "text": "old words"}
-    cell = {"cell_type": "code", "language": "python", "input": "old_code()", "outputs": [out]}
-    sheets = {"metadata": {}, "worksheets": [{"cells": [cell]}]}
-    text = Exported(json.dumps({"nbformat": 3, "nbformat_minor": 0} | sheets)).text
-    assert re.search(r"old_code\(\).*old words", text)
 
 
 # ---- Pages ----
@@ -363,20 +309,11 @@ def test_head_body_and_appendix():
     assert pdf.all_notices == [failed]
 
 
-@pytest.mark.parametrize(
-    "source", [WHO.replace("Ada", ""), WHO.replace('"Ada"', "Ada"), "NAME = '"]
-)
+@pytest.mark.parametrize("source", [WHO.replace("Ada", ""), "NAME = '"])
 def test_a_missing_name_is_named(source):
     pdf = export(md("a"), code(source, tags=("submission",)))
     assert "Name: empty" in pdf.text and source not in pdf.text
     assert pdf.all_notices[0].startswith("cell 2: the name cell lacks NAME")
-
-
-def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
-    lines = "\n".join(f"line_{n} = {n}" for n in range(14))
-    cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
-    for page in export(*cells).pages:
-        assert not re.search(r"Heading \d+ \d+ / \d+$", page)
 
 
 # ---- Which notebook, and where to ----
@@ -394,8 +331,6 @@ def text_of(pdf: Path) -> str:
 def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"\[\]"):
-        utils.export_pdf()
     one = save(tmp_path / "assignment3.ipynb", "words of one")
     assert "name cell lacks" in utils.export_pdf()[0]
     assert str(one.with_suffix(".pdf")) in capsys.readouterr().out
@@ -409,109 +344,39 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     wanted = tmp_path / "new" / "hand-in v1.2"  # a name that is given stays as it is
     utils.export_pdf(pdf=wanted)
     assert "words of one" in text_of(wanted)
-    with pytest.raises(FileNotFoundError, match=r"gone\.ipynb"):
-        utils.export_pdf(tmp_path / "gone.ipynb")
-
-
-@pytest.mark.slow
-def test_nbconvert_finds_the_exporter(tmp_path):
-    path = save(tmp_path / "a.ipynb", "by the command line")
-    command = [sys.executable, "-m", "nbconvert", "--to", "utils.TypstPDFExporter", str(path)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    assert "by the command line" in text_of(tmp_path / "a.pdf")
-
-
-def pretend_colab(monkeypatch, answer: object, download: object, kernel: str) -> None:
-    """google.colab is there; its front end gives `answer`; the kernel is of the module `kernel`."""
-    colab = {
-        "google": types.ModuleType("google"),
-        "google.colab": types.ModuleType("google.colab"),
-        "google.colab._message": types.SimpleNamespace(blocking_request=lambda *a, **k: answer),
-        "google.colab.files": types.SimpleNamespace(download=download),
-    }
-    for name, module in colab.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    shell = type("Shell", (), {"__module__": kernel})()
-    monkeypatch.setattr(utils, "get_ipython", lambda: shell)
-
-
-def refuse(path: str) -> None:
-    raise RuntimeError("no browser")
 
 
 @pytest.mark.parametrize(
-    ("name", "pdf"), [("mine.ipynb", "mine.pdf"), ("hw/draft v1.2", "hw-draft v1.2.pdf")]
+    ("kernel", "answers", "exported"),
+    [
+        ("google.colab._shell", True, "words in Colab"),
+        ("google.colab._shell", False, "words of the file"),
+        ("ipykernel.zmqshell", True, "words of the file"),  # google.colab is installed elsewhere
+    ],
 )
-def test_colab_gives_the_open_notebook_and_takes_the_pdf(name, pdf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    nb = json.loads(notebook(md("words in Colab"))) | {"metadata": {"colab": {"name": name}}}
-    offered = []
-    pretend_colab(monkeypatch, {"ipynb": nb}, offered.append, "google.colab._shell")
-    utils.export_pdf()
-    assert offered == [pdf] and "words in Colab" in text_of(tmp_path / pdf)
-
-
-@pytest.mark.parametrize("kernel", ["google.colab._shell", "ipykernel.zmqshell"])
-def test_without_an_answer_of_colab_the_file_is_used(tmp_path, monkeypatch, capsys, kernel):
+def test_only_colab_is_asked_for_the_open_notebook(
+    kernel, answers, exported, tmp_path, monkeypatch
+):
+    nb = json.loads(notebook(md("words in Colab"))) | {"metadata": {"colab": {"name": "one.ipynb"}}}
+    answer = {"ipynb": nb} if answers else None
+    message = types.SimpleNamespace(blocking_request=lambda *_, **__: answer)
+    monkeypatch.setitem(sys.modules, "google.colab._message", message)
+    monkeypatch.setattr(utils, "get_ipython", type("Shell", (), {"__module__": kernel}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     save(tmp_path / "one.ipynb", "words of the file")
-    pretend_colab(monkeypatch, None, refuse, kernel)
-    utils.export_pdf()
-    assert "words of the file" in text_of(tmp_path / "one.pdf")
-    assert ("could not be downloaded" in capsys.readouterr().out) == kernel.startswith("google")
+    utils.export_pdf()  # and a browser that takes no PDF is no error
+    assert exported in text_of(tmp_path / "one.pdf")
 
 
-@pytest.mark.parametrize("package", list(utils.NEEDED_VERSIONS))
-@pytest.mark.parametrize("found", ["0.1", None])
-def test_a_package_too_old_or_missing_is_named(monkeypatch, package, found):
-    original = utils.importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name == package and not found:
-            raise utils.importlib.metadata.PackageNotFoundError(name)
-        return found if name == package else original(name)
-
-    monkeypatch.setattr(utils.importlib.metadata, "version", version)
-    needed = utils.NEEDED_VERSIONS[package]
-    with pytest.raises(ImportError, match=f"{package} {needed} or newer, found: {found or 'none'}"):
+@pytest.mark.parametrize("package", ["typst", "no-such-package"])
+def test_a_package_too_old_or_missing_is_named(monkeypatch, package):
+    monkeypatch.setattr(utils, "NEEDED_VERSIONS", {package: "99"})
+    with pytest.raises(ImportError, match=f"{package} 99 or newer, found: "):
         export(md("a"))
 
 
-# ---- Notebooks that failed once, and the committed one ----
-
-
-def shared_cases() -> list:
-    path = CASES / "pdf.json"
-    cases = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [pytest.param(case, id=case["id"]) for case in cases]
-
-
-@pytest.mark.parametrize("case", shared_cases())
-def test_shared_case(case, tmp_path):
-    (tmp_path / "picture.png").write_bytes(png())
-    cells = []
-    for cell in case.get("cells", []):
-        if "markdown" in cell:
-            cells.append(md(cell["markdown"]))
-        elif "code" in cell:
-            cells.append(code(cell["code"], tags=cell.get("tags", ())))
-        else:
-            cells.append(code("f()", shown(cell["output"])))
-    text = case.get("raw_text") or (json.dumps(case["raw"]) if "raw" in case else notebook(*cells))
-    pdf = Exported(text, tmp_path)
-    unreadable = "".join(re.findall(r"no font here has (\S+):", " ".join(pdf.notices)))
-    assert all(words in pdf.text or words in unreadable for words in case["expect"])
-    assert pdf.notices or not re.search(r"[\\$]|\| b|rgb\(|DejaVu|<Figure|object at", pdf.text)
-
-
-@pytest.mark.parametrize("name", ["01-latex-environment", "03-long-table", "06-long-line"])
-def test_shared_notebook(name):
-    path = CASES / name / "in.ipynb"
-    if not path.is_file():
-        pytest.skip("../shared/cases is not here")
-    pdf = Exported(path.read_text(encoding="utf-8"))
-    assert not pdf.notices and all(words_inside_page(page) for page in pdf.reader.pages)
+# ---- The committed notebook ----
 
 
 def letters(text: str) -> str:
@@ -540,3 +405,20 @@ def test_every_heading_caption_and_number_of_the_notebook_is_in_its_pdf():
     missing = [words for words in wanted if letters(words) not in there]
     assert wanted and missing == []
     assert not pdf.notices
+
+
+def test_every_failed_claim_is_named():
+    claims = {"A is so": False, "B is so": True, "C is so": False}
+    pdf = export(code("check()", shown({"text/plain": "judged"}, claims=claims)))
+    assert [text.rpartition(": ")[2] for text in pdf.notices] == ["A is so", "C is so"]
+
+
+def test_a_failed_claim_is_found_across_a_line_break():
+    claims = code("check()", shown({"text/plain": "judged"}, claims={"It is fast": False}))
+    pdf = export(md("It is\n**fast**."), claims)
+    assert pdf.notices == ["cell 2: 1 of 1 claims do not hold: It is fast (in cell 1)"]
+
+
+def test_a_display_with_words_and_an_image_shows_the_image():
+    both = {"text/markdown": "words", "image/png": base64.b64encode(png()).decode()}
+    assert export(code("f()", shown(both))).images == 1

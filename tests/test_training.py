@@ -1,10 +1,6 @@
-"""The training loop: it learns, it resumes exactly, it stops clearly, it saves."""
+"""The training loop: it follows its plan, it resumes exactly, it stops clearly, it saves."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,6 @@ from small_training import (
     STEPS,
     batches,
     checkpoints,
-    length,
     loss_fn,
     make_model,
     rows,
@@ -39,148 +34,52 @@ def every_epoch_saved(monkeypatch):
     monkeypatch.setattr(utils, "SECONDS_BETWEEN_SAVES", 0)
 
 
-# ---- it learns ----
+def length(model):
+    """A figure that every weight decides."""
+    return {"length": nn.utils.parameters_to_vector(model.parameters()).norm().item()}
 
 
-def test_a_small_model_learns_its_task():
-    model, history = train(make_model(dropout=0.0), epochs=60)
-    assert history[0]["train_loss"] > 2.0
-    assert history[-1]["train_loss"] < 1.2
-    assert history[-1]["train_acc"] > 0.5
-    assert [row["epoch"] for row in history] == list(range(1, 61))
-    assert not model.training
+# ---- it follows its plan ----
 
 
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_the_optimizer_is_adam_with_decoupled_weight_decay(decay):
-    """Every step of a linear model is what Loshchilov and Hutter's algorithm 2 says."""
-    model = nn.Linear(8, 10).double()
-    weight = model.weight.detach().clone()
-
-    def given_slope(model, slope):
-        return (model.weight * slope).sum(), {}
-
-    slopes = [torch.randn(10, 8, generator=utils.epoch_generator(1, n)).double() for n in range(4)]
-    train(
-        model,
-        lambda epoch: slopes,
-        given_slope,
-        epochs=1,
-        lr=0.1,
-        schedule="constant",
-        weight_decay=decay,
-    )
-    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
-    for step, slope in enumerate(slopes, 1):
-        mean = 0.9 * mean + 0.1 * slope
-        square = 0.999 * square + 0.001 * slope**2
-        weight = weight * (1 - 0.1 * decay)
-        direction = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-        weight = weight - 0.1 * direction
-    assert torch.allclose(model.weight, weight, rtol=1e-6)
-
-
-def learning_rates(schedule):
-    rates = []
-
-    def watch(training, batches, loss_fn):
-        def spy():
-            for batch in batches:
-                rates.append(training.optimizer.param_groups[0]["lr"])
-                yield batch
-
-        return train_epoch(training, spy(), loss_fn)
-
-    train(loop=watch, schedule=schedule)
-    return rates
-
-
-def test_one_cycle_rises_to_the_peak_and_falls_to_nothing():
-    rates = learning_rates("onecycle")
-    peak = rates.index(max(rates))
-    assert len(rates) == 5 * STEPS and 2 <= peak <= 10
-    assert max(rates) == pytest.approx(1e-2, rel=0.05)
-    assert rates[-1] < 1e-4 < rates[0] < 1e-3
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-
-
-def test_the_constant_schedule_keeps_the_rate():
-    assert learning_rates("constant") == [1e-2] * 5 * STEPS
+def test_a_training_is_adamw_with_the_schedule_of_its_plan(schedule, decay):
+    model, expected = nn.Linear(8, 10), nn.Linear(8, 10)
+    expected.load_state_dict(model.state_dict())
+    _, history = train(model, schedule=schedule, weight_decay=decay)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    assert not model.training
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=decay)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if schedule == "onecycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=5 * STEPS)
+    for epoch in range(5):
+        train_epoch(utils.Training(expected, optimizer, scheduler, None), batches(epoch), loss_fn)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_frozen_weights_stay_and_the_others_move():
     model = make_model()
-    model.layers[0].requires_grad_(False)
+    model[0].requires_grad_(False)
     before = weights(model)
     train(model, weight_decay=0.5)
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
-    frozen = {"layers.0.weight", "layers.0.bias"}
-    assert moved == set(before) - frozen
+    assert moved == set(before) - {"0.weight", "0.bias"}
 
 
-def test_the_streams_of_epochs_differ_and_repeat():
-    draws = {}
-    for seed in range(3):
-        for epoch in range(3):
-            draws[seed, epoch] = torch.randn(4, generator=utils.epoch_generator(seed, epoch))
-            again = torch.randn(4, generator=utils.epoch_generator(seed, epoch))
-            assert torch.equal(draws[seed, epoch], again)
-    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 9
-
-
-# ---- the notebook's loop ----
-
-
-def test_a_step_does_not_add_up_gradients_and_the_metrics_are_means(nb):
-    model = nn.Linear(2, 2)
-    before = weights(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
-    training = utils.Training(model, optimizer, schedule, scaler)
-
-    def linear_loss(model, slope):
-        return slope * model.weight.sum(), {"slope": torch.tensor(slope)}
-
-    means = nb.train_epoch(training, iter([1.0, 2.0, 6.0]), linear_loss)
-    assert torch.allclose(model.weight, before["weight"] - 0.5 * 9.0)
-    assert means["slope"] == 3.0
-    assert all(isinstance(value, float) for value in means.values())
-
-
-def test_no_step_waits_for_the_device(nb, monkeypatch):
-    """Reading a tensor's number waits for a GPU: inside an epoch, none is read."""
-    reads = []
-    inside = [False]
-
-    def forbid(name):
-        real = getattr(torch.Tensor, name)
-
-        def spy(self, *arguments):
-            if inside[0]:
-                reads.append(name)
-            return real(self, *arguments)
-
-        monkeypatch.setattr(torch.Tensor, name, spy)
-
-    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
-        forbid(name)
-
-    def few_batches():
-        inside[0] = True
-        yield from batches(0)
-        inside[0] = False
-
-    training = utils.new_training(make_model(), utils.Plan("x", 1, STEPS, schedule="onecycle"))
-    means = nb.train_epoch(training, few_batches(), loss_fn)
-    assert math.isfinite(means["loss"]) and reads == []
+def test_every_seed_and_epoch_has_a_random_stream_of_its_own():
+    streams = {
+        utils.epoch_generator(seed, epoch).initial_seed() for seed in range(3) for epoch in range(3)
+    }
+    assert len(streams) == 9
 
 
 # ---- it resumes ----
 
 
-@pytest.mark.parametrize("stop_at", [(0, 2), (1, 0), (3, 3), (4, 3)])
+@pytest.mark.parametrize("stop_at", [(0, 2), (3, 3)])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "schedule": "constant"}])
 def test_a_resumed_training_has_the_numbers_of_an_uninterrupted_one(
     stop_at, options, every_epoch_saved, monkeypatch, tmp_path
@@ -190,16 +89,21 @@ def test_a_resumed_training_has_the_numbers_of_an_uninterrupted_one(
     watch.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
         train(evaluate=length, **options)
-    assert len(checkpoints()) == (stop_at[0] > 0)
     torch.manual_seed(12345)  # whatever ran in between must not matter
     watch.reset()
     resumed, history = train(evaluate=length, **options)
     assert watch.epochs == list(range(stop_at[0], 5))
-    assert rows(history) == rows(expected)
-    assert same_weights(resumed, whole)
+    assert rows(history) == rows(expected) and same_weights(resumed, whole)
 
 
-def test_stored_trainings_are_counted_once_each_since_the_run_began():
+def test_of_short_epochs_only_the_last_is_saved():
+    watch.stop_at = (3, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert checkpoints() == []
+
+
+def test_stored_trainings_are_used_and_counted_once_each_since_the_run_began():
     utils.start_run("tiny", "noise")
     first, expected = train()
     assert utils.stored_trainings() == []
@@ -213,125 +117,77 @@ def test_stored_trainings_are_counted_once_each_since_the_run_began():
     assert utils.stored_trainings() == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "foreign", "no history", "other"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "fits half way"])
 def test_a_damaged_checkpoint_is_announced_and_the_training_starts_again(damage, capsys):
     first, expected = train()
     (path,) = checkpoints()
-    state = torch.load(path, weights_only=True)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif damage in ("garbage", "empty"):
-        path.write_bytes(b"<html>not a checkpoint</html>" if damage == "garbage" else b"")
     elif damage == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
-    elif damage == "no history":
-        del state["history"]
-        torch.save(state, path)
-    else:  # fails half way: the model is loaded, the optimizer cannot be
-        state["optimizer"] = {"nothing": 1}
-        torch.save(state, path)
+    else:  # the model can be loaded, the optimizer cannot
+        torch.save(torch.load(path, weights_only=True) | {"optimizer": {}}, path)
     again, history = train()
     assert rows(history) == rows(expected) and same_weights(again, first)
     assert "starts again" in capsys.readouterr().out
-    assert torch.load(path, weights_only=True)["history"] == history
 
 
-# ---- it stops clearly, and saves ----
+def test_a_process_that_ends_while_it_saves_leaves_the_epochs_before(
+    every_epoch_saved, monkeypatch
+):
+    whole, expected = train()
+    (path,) = checkpoints()
+    path.unlink()
+    saves = []
+    write_bytes = Path.write_bytes
+
+    def die_in_third(path, content):
+        saves.append(path)
+        write_bytes(path, content[: 100 if len(saves) == 3 else None])
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", die_in_third)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    watch.reset()
+    resumed, history = train()
+    assert watch.epochs == [2, 3, 4]
+    assert rows(history) == rows(expected) and same_weights(resumed, whole)
+
+
+# ---- it stops clearly ----
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_and_what_was_saved_stays(factor, every_epoch_saved):
-    watch.spoil_from = (2, factor)
+    def spoiled(epoch):
+        for inputs, labels in batches(epoch):
+            yield inputs * (factor if epoch == 2 else 1), labels
+
     with pytest.raises(FloatingPointError, match=r"seed 0.*epoch 3\. .*learning"):
-        train()
+        train(batches=spoiled)
     (path,) = checkpoints()
     state = torch.load(path, weights_only=True)
     assert len(state["history"]) == 2
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize(
-    ("bad", "word"),
-    [
-        ({"epochs": 0}, "epochs"),
-        ({"lr": -1.0}, "learning rate"),
-        ({"weight_decay": -0.1}, "weight_decay"),
-        ({"schedule": "cosine"}, "cosine"),
-    ],
-)
+@pytest.mark.parametrize(("bad", "word"), [({"epochs": 0}, "epochs"), ({"schedule": "x"}, "'x'")])
 def test_bad_settings_are_named(bad, word):
     with pytest.raises(ValueError, match=word):
         train(**bad)
 
 
-def test_a_model_without_trained_weights_is_refused():
-    with pytest.raises(ValueError, match="empty parameter list"):
-        train(make_model().requires_grad_(False))
-
-
-@pytest.mark.parametrize("fault", ["full disk", "folder cannot be made"])
 def test_a_folder_that_cannot_be_written_costs_the_checkpoint_not_the_run(
-    fault, monkeypatch, tmp_path, capsys
+    monkeypatch, tmp_path, capsys
 ):
-    if fault == "full disk":
-        monkeypatch.setattr(Path, "write_bytes", lambda *_: os.stat("/none/No space left"))
-    else:
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("A3_RUNS", str(tmp_path / "file" / "runs"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("A3_RUNS", str(tmp_path / "file" / "runs"))
     _, history = train()
-    assert len(history) == 5 and "cannot be written" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("step", "count"), [(11, 5), (1, 1)])
-def test_long_epochs_are_saved_one_by_one_and_of_short_ones_the_last(step, count, monkeypatch):
-    saved = []
-    clock = iter(range(0, 1000, step))
-    monkeypatch.setattr(utils, "write_or_warn", lambda *_: saved.append(None))
-    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
-    train()
-    assert len(saved) == count
-
-
-# ---- kill -9 ----
-
-KILLED = """
-import itertools, os, signal, sys
-from pathlib import Path
-
-sys.path[:0] = [{root!r}, {tests!r}]
-import utils
-from small_training import train
-
-whole, saves = Path.write_bytes, []
-utils.SECONDS_BETWEEN_SAVES = 0  # every epoch is saved
-
-
-def write_bytes(path, content):
-    saves.append(path)
-    dies = len(saves) == 3
-    whole(path, content[:-100] if dies else content)
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-Path.write_bytes = write_bytes
-train()
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    expected, history = train()
-    monkeypatch.setenv("A3_RUNS", str(tmp_path / "killed"))
-    root, tests = str(Path(utils.__file__).parent), str(Path(__file__).parent)
-    script = KILLED.format(root=root, tests=tests)
-    threads = {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | threads, check=False)
-    assert done.returncode == -signal.SIGKILL
-    watch.reset()
-    resumed, again = train()
-    assert rows(again) == rows(history) and same_weights(resumed, expected)
-    assert watch.epochs == [2, 3, 4]
+    assert len(history) == 5
+    assert "cannot be written" in capsys.readouterr().out
 
 
 # ---- evaluation ----
@@ -339,11 +195,19 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 def test_predict_keeps_the_order_and_leaves_the_model_in_eval_mode():
     split = noise_split(utils, 50, size=8)
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)).train()
-    whole, pieces = utils.predict(model, split, 50), utils.predict(model, split, 7)
-    assert torch.allclose(whole, pieces, atol=1e-5) and not model.training
-    assert whole.dtype == torch.float32 and whole.shape == (50, 10)
-    with torch.no_grad():
-        direct = model(split.images / 127.5 - 1)
-    assert torch.allclose(whole, direct, atol=1e-5)
+    outputs = utils.predict(model, split, batch_size=7)
+    assert not model.training
+    assert outputs.dtype == torch.float32
+    assert torch.allclose(outputs, model(split.images / 127.5 - 1), atol=1e-5)
+
+
+def test_each_epoch_has_random_numbers_of_its_own():
+    drawn = []
+
+    def loop(training, batches, loss_fn):
+        drawn.append(torch.rand(4))
+        return train_epoch(training, batches, loss_fn)
+
+    train(loop=loop, epochs=3)
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 3
