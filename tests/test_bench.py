@@ -88,3 +88,21 @@ def test_the_readme_shows_the_first_record(bench):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     records = bench.load_records()
     assert bench.with_table(readme, [*records, run_record(machine="b")]) == readme
+
+
+def test_muon_moves_against_the_gradient_and_decays_the_weight(bench):
+    weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    before = weight.detach().clone()
+    optimizer = bench.Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
+    weight.grad = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * bench.orthogonal(weight.grad)
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_a_short_training_makes_color_images_gray_and_learns(bench):
+    images = noise_split(utils, 64, channels=3)
+    model = bench.short_training(images, bench.ShortRecipe(side=18, batch_size=32), 2.0, seed=0)
+    assert not model.training
+    with torch.no_grad():
+        assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)

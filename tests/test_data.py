@@ -1,5 +1,6 @@
 """Splits, the readers of MNIST and SVHN, caches, and which data a run takes."""
 
+import gzip
 import io
 import sys
 from pathlib import Path
@@ -306,3 +307,26 @@ def test_a_change_of_any_parquet_file_is_seen(small_svhn):
     changed = train.take(range(39, 24, -1))
     as_parquet(root / "train-1.parquet", changed)
     assert torch.equal(utils.load_svhn().train.images[25:], changed.images)
+
+
+def write_idx(path, numbers):
+    """One of MNIST's files; returns its sha256."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in numbers.shape)
+    head = bytes([0, 0, 8, numbers.ndim]) + sizes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(head + numbers.to(torch.uint8).numpy().tobytes()))
+    return utils.file_sha256(path)
+
+
+def test_mnists_four_files_are_read_each_as_its_part(small_svhn, monkeypatch):
+    train, test = noise_split(utils, 12), noise_split(utils, 5, seed=1)
+    digests = dict(utils.SHA256)
+    for prefix, split in (("train", train), ("t10k", test)):
+        for kind, numbers in (("images-idx3", split.images[:, 0]), ("labels-idx1", split.labels)):
+            name = f"{prefix}-{kind}-ubyte.gz"
+            digests[name] = write_idx(utils.data_root() / "MNIST" / "raw" / name, numbers)
+    monkeypatch.setattr(utils, "SHA256", digests)
+    data = utils.load_mnist()
+    assert (data.name, data.real) == ("MNIST", True)
+    assert same(data.train, train)
+    assert same(data.test, test)

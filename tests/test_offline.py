@@ -182,3 +182,10 @@ def test_labels_of_small_digits_are_those_of_their_images():
     (train, train_labels), (test, test_labels) = small_digits.load_small_digits()
     nearest = torch.cdist(test.flatten(1).float(), train.flatten(1).float()).argmin(1)
     assert (train_labels[nearest] == test_labels).float().mean() > 0.95
+
+
+def test_each_epoch_of_the_training_of_g_has_its_own_order():
+    images = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8)
+    split = utils.Split(images, torch.arange(300) % 10)
+    one, another = (train_street_classifier.batch_of(split, step)[1] for step in (0, 2))
+    assert not torch.equal(one, another)  # the first batches of two epochs

@@ -422,3 +422,10 @@ def test_a_failed_claim_is_found_across_a_line_break():
 def test_a_display_with_words_and_an_image_shows_the_image():
     both = {"text/markdown": "words", "image/png": base64.b64encode(png()).decode()}
     assert export(code("f()", shown(both))).images == 1
+
+
+def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
+    lines = "\n".join(f"line_{n} = {n}" for n in range(14))
+    cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
+    for page in export(*cells).pages:
+        assert not re.search(r"Heading \d+ \d+ / \d+$", page)

@@ -299,3 +299,8 @@ def test_requirements_are_what_is_imported():
 def test_the_code_of_every_cell_but_the_claims_counts(tag):
     one, other = (nbformat.v4.new_notebook(cells=[code(text, tag)]) for text in ("f(1)", "f(2)"))
     assert tool.code_of(one) != tool.code_of(other)
+
+
+def test_a_utils_that_would_end_the_quotation_is_refused():
+    with pytest.raises(ValueError, match=r"utils\.py"):
+        tool.helper_cell("x = " + "'" * 3)
