@@ -160,7 +160,7 @@ def test_values_of_all_kinds_have_keys_of_their_own():
         *[(1, 2), [1, 2], {1, 2}, {1: 2}, {"a": 1}, {"a": 2}, {"b": 1}, [[1], 2], [1, [2]]],
         *[range(3), slice(1, 3), recursive, partial(max, 1), partial(max, 2), partial(min, 1)],
         *[zeros, zeros.view(2, 1), zeros.double(), zeros.bfloat16(), zeros + 1, torch.tensor(1)],
-        *[torch.zeros(2, requires_grad=True), np.zeros(2), np.zeros(2, dtype=np.float32)],
+        *[torch.zeros(2, requires_grad=True), np.zeros(2), np.ones(2), np.float32(0)],
         *[np.float64(0.1), len, int, float, torch.relu, torch.tanh, "a".join, "b".join],
     ]
     keys = [utils.fingerprint(value) for value in values]

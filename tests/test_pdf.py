@@ -333,7 +333,8 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     one = save(tmp_path / "assignment3.ipynb", "words of one")
     assert "name cell lacks" in utils.export_pdf()[0]
-    assert str(one.with_suffix(".pdf")) in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "name cell lacks" in told and str(one.with_suffix(".pdf")) in told
     copy = save(tmp_path / "my copy.ipynb", "words of the copy")
     with pytest.raises(FileNotFoundError, match=r"'assignment3\.ipynb', 'my copy\.ipynb'"):
         utils.export_pdf()
@@ -429,3 +430,11 @@ def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
     cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
     for page in export(*cells).pages:
         assert not re.search(r"Heading \d+ \d+ / \d+$", page)
+
+
+def test_two_images_of_one_cell_are_both_shown():
+    narrow, wide = (base64.b64encode(png(width)).decode() for width in (60, 90))
+    outputs = [shown({"image/png": image}) for image in (narrow, wide)]
+    pages = export(code("f()", *outputs)).reader.pages
+    widths = [image.image.width for page in pages for image in page.images]
+    assert sorted(widths) == [60, 90]

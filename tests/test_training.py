@@ -211,3 +211,15 @@ def test_each_epoch_has_random_numbers_of_its_own():
 
     train(loop=loop, epochs=3)
     assert len({tuple(numbers.tolist()) for numbers in drawn}) == 3
+
+
+def test_the_scaler_is_restored(tmp_path):
+    trainings = []
+    for scale in (8.0, 2.0):
+        training = utils.new_training(make_model(), utils.Plan("x", 1, STEPS))
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainings.append(utils.Checkpointer(tmp_path / "a.pt", training))
+    stored, fresh = trainings
+    stored.save([{"epoch": 1}], last=True)
+    assert fresh.load() == [{"epoch": 1}]
+    assert fresh.training.scaler.get_scale() == 8.0
