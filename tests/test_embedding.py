@@ -135,7 +135,7 @@ def test_neighbors_are_those_of_scikit_learn(nb):
 
 
 def test_a_draw_has_100_queries_and_2000_gallery_images_and_repeats_none(nb):
-    draw, again, another = (nb.sample_protocol(seed, 10_000, 60_000) for seed in (0, 0, 1))
+    draw, again, another = (nb.draw_indices(seed, 10_000, 60_000) for seed in (0, 0, 1))
     assert (len(draw[0].unique()), len(draw[1].unique())) == (100, 2_000)
     for indices, same, other, size in zip(draw, again, another, (10_000, 60_000), strict=True):
         assert torch.equal(indices, same)
@@ -147,7 +147,7 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
     x, y = embedded(nb, 150, 2), embedded(nb, 2_500, 3)
     scores = nb.top1_of_draws(x, y, draws=3)
     for seed in range(3):
-        few, gallery = nb.sample_protocol(seed, 150, 2_500)
+        few, gallery = nb.draw_indices(seed, 150, 2_500)
         gallery = nb.Digits(y.z[gallery], y.labels[gallery])
         assert scores["100"][seed] == nb.top1(nb.Digits(x.z[few], x.labels[few]), gallery)
         assert scores["all"][seed] == nb.top1(x, gallery)

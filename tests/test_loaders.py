@@ -171,22 +171,25 @@ def test_validation_images_are_not_trained_on_and_none_is_lost(nb, count, held):
 
 def test_few_samples_train_all_three_models_on_the_same_samples(nb):
     splits = (shuffled(200), noise_split(utils, 300, seed=5))
-    pair = [utils.DigitData("x", train, marked(40), real=False) for train in splits]
+    tests = (marked(40), marked(30))
     recipes = (nb.TUNED, nb.STREET)
     plan = utils.Plan("few", epochs=3, steps=2, seed=4)
-    tasks = nb.FewSamples(pair, 50, recipes, "per domain").trainings(plan, watch=True)
-    both, both_plan = tasks["two heads"].args
-    assert (both.recipes, both.batch_norm) == (recipes, "per domain")
+    setting = nb.TwoTasks(splits, tests, recipes, "per domain")
+    few = nb.few_samples(setting, 50, seed=4)
+    trainings = nb.three_trainings(few, plan, ("x", "y"))
+    both, both_plan = trainings["two heads"].args
+    assert both == few
+    assert replace(few, train=splits) == setting
     assert replace(both_plan, name="few") == plan
     for number, role in enumerate(("handwritten", "street")):
-        train, test, recipe, own_plan = tasks[role].args
-        expected = nb.balanced_subset(pair[number].train, 50, seed=4)
+        train, test, recipe, own_plan = trainings[role].args
+        expected = nb.balanced_subset(splits[number], 50, seed=4)
         assert rows(train) == rows(both.train[number]) == rows(expected)
         assert torch.equal(train.labels, both.train[number].labels)
-        assert test is both.test[number] is pair[number].test
+        assert test is tests[number]
         assert recipe is recipes[number]
         assert replace(own_plan, name="few") == plan
-    unwatched = nb.FewSamples(pair, 50, recipes, "mixed").trainings(plan, watch=False)
+    unwatched = nb.three_trainings(replace(few, test=None), plan, ("x", "y"))
     assert unwatched["two heads"].args[0].test is unwatched["street"].args[1] is None
 
 
