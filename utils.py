@@ -608,7 +608,7 @@ def svhn_stand_in() -> DigitData:
 
     def split(part: str) -> Split:
         count, seed = sizes[part], RENDERED_SEEDS[part]
-        key = [*street_numbers.versions(), str(count), str(seed)]
+        key = [*street_numbers.cache_key(), str(count), str(seed)]
         render = street_numbers.render_street_numbers
         return load_cached("rendered", lambda: Split(*render(count, seed)), *key)
 
