@@ -1330,8 +1330,8 @@ STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finishe
 # stored trainings tells, by them, about how long the whole run takes.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
-        "1 (b) recipes": 2.5,
-        "1 (b)": 24.5,
+        "1 (b) recipes": 1.6,
+        "1 (b)": 21.5,
         "1 (c) sharing": 4.0,
         "1 (c)": 22.2,
         "1 (d) recipes": 1.0,
