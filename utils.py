@@ -1035,7 +1035,7 @@ def fit(
 ) -> History:
     """Train `model` in place by the notebook's loop `train_epoch`, with AdamW; return its history.
 
-    A stored training goes on where it stopped.
+    `model` is left in eval mode. A stored training goes on where it stopped.
 
     train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
     means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
@@ -1057,7 +1057,7 @@ def fit(
     history = checkpointer.load()
     if history:
         _run.stored.append(plan.name)
-        _progress.advance(len(history), STORED)
+        _progress.advance(len(history), STORED)  # for the bar of run_parallel, below
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
         seed_torch(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
@@ -1409,25 +1409,21 @@ class Progress:
     """Tells the bar of `run_parallel`, by the task's file, how many epochs of a task are over."""
 
     def __init__(self) -> None:
-        self.file: Path | None = None
-        self.epochs_left = 0
+        self.file: Path | None = None  # None: no task of run_parallel is at work
 
     def start(self, file: Path, epochs: int) -> None:
         file.touch()
         self.file = file
-        self.epochs_left = epochs
 
     def advance(self, count: int, mark: bytes = TRAINED) -> None:
-        count = min(count, self.epochs_left)
-        if self.file is None or count == 0:
+        """`count` more epochs are over, as `mark` says; without a task this does nothing."""
+        if self.file is None:
             return
-        self.epochs_left -= count
         with suppress(OSError), self.file.open("ab") as file:
             file.write(mark * count)
 
     def finish(self) -> None:
-        """The task ended: count the epochs that it did not train, so that the bar can get full."""
-        self.advance(self.epochs_left)
+        """The task ended."""
         self.file = None
 
 
@@ -1449,7 +1445,7 @@ def run_parallel(
         folder = Path(folder_name)
         prepared = {}
         for number, (key, task) in enumerate(tasks.items()):
-            prepared[key] = partial(execute, task, task_name(key), folder / str(number), epochs)
+            prepared[key] = partial(execute, task, task_name(key), folder / str(number))
         with StageDisplay(title, len(tasks) * epochs, folder) as stage, warnings.catch_warnings():
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
@@ -1466,11 +1462,11 @@ def task_name(key: Hashable) -> str:
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def execute(task: Callable[[], Result], name: str, file: Path, epochs: int) -> Result:
+def execute(task: Callable[[], Result], name: str, file: Path) -> Result:
     """The task's result, from one thread; its progress goes into `file`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
-    _progress.start(file, epochs)
+    _progress.start(file)
     try:
         return task()
     except Exception as error:
@@ -1565,8 +1561,8 @@ class StageDisplay:
     def __init__(self, title: str, epochs: int, folder: Path) -> None:
         self.title, self.epochs, self.folder = title, epochs, folder
         self.started = time.perf_counter()
-        self.first_time = 0.0  # when the first epochs were done
-        self.first_count = 0  # and how many
+        self.timed_from = 0.0  # when the first epochs were seen
+        self.count_then = 0  # and how many there were
         self.text = f"{title}: stopped"
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
@@ -1606,14 +1602,16 @@ class StageDisplay:
         """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
         now = time.perf_counter()
         # Timed from the first tick that sees an epoch: before it, the workers started.
-        if self.first_count == 0:
-            self.first_time, self.first_count = now, trained
-        timed = trained - self.first_count
+        if self.count_then == 0:
+            self.timed_from = now
+            self.count_then = trained
+        timed = trained - self.count_then
         if timed == 0 or timed < self.epochs / 10:
             return
-        seconds_an_epoch = (now - self.first_time) / timed
-        left = self.epochs - self.first_count
-        tell_time(self.title, self.first_time - self.started + left * seconds_an_epoch)
+        seconds_an_epoch = (now - self.timed_from) / timed
+        before = self.timed_from - self.started
+        left = self.epochs - self.count_then
+        tell_time(self.title, before + left * seconds_an_epoch)
 
     def finish(self, trainings: int) -> None:
         """The stage has its results: compose the line that stays."""
