@@ -274,15 +274,6 @@ class DigitData:
         return replace(self, train=change(self.train), test=change(self.test))
 
 
-def describe_size(data: DigitData) -> str:
-    """'SVHN: 73,257 training and 6,000 of 26,032 test images'."""
-    parts = {}
-    for part, split in (("train", data.train), ("test", data.test)):
-        whole = SIZES[data.name][part] if data.real else len(split)
-        parts[part] = f"{len(split):,}" if len(split) == whole else f"{len(split):,} of {whole:,}"
-    return f"{data.name}: {parts['train']} training and {parts['test']} test images"
-
-
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 to float32 -1..1, as the starter normalizes. ValueError for other types."""
     if images.dtype != torch.uint8:

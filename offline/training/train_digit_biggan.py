@@ -44,7 +44,7 @@ from offline.digit_biggan import (
     conv_norm_relu,
     untrained_digit_biggan,
 )
-from offline.training.common import CPU, notebook, round_and_save, write_text
+from offline.training.common import CPU, describe_size, notebook, round_and_save, write_text
 
 CLASSES = len(DIGIT_CLASSES)
 # The classes of each data set, by its role in the notebook.
@@ -647,7 +647,7 @@ def main() -> None:
     parts = {"train": train_images, "test": test_images}
     reference, measures_of_real = reference_features(parts, classifier)
     print(json.dumps(measures_of_real), flush=True)
-    trained_on = [utils.describe_size(data) for data in (street, handwritten)]
+    trained_on = [describe_size(data) for data in (street, handwritten)]
     log: dict = {"settings": settings_record(trainer, trained_on)}
     log["real"] = measures_of_real
     log["checkpoints"] = measure_snapshots(runs, classifier, reference)
