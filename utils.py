@@ -1075,13 +1075,13 @@ def require_finite(loss: float, plan: Plan, epoch: int) -> None:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
+def predict(model: nn.Module, split: Split) -> Tensor:
     """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode."""
-    device = next((parameter.device for parameter in model.parameters()), default_device())
+    device = next(model.parameters()).device
     model.eval()
     outputs = []
     with autocast(device):
-        for chunk in split.images.split(batch_size):
+        for chunk in split.images.split(512):
             images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
             outputs.append(model(images).float())
     return torch.cat(outputs).cpu()
