@@ -201,8 +201,8 @@ SHA256 = {  # the first digits
     "train_32x32.mat": "435e94d6",
     "test_32x32.mat": "cdce80df",
 }
-MNIST_HOST = "https://ossci-datasets.s3.amazonaws.com/mnist"
-SVHN_HOST = "http://ufldl.stanford.edu/housenumbers"
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
+SVHN_URL = "http://ufldl.stanford.edu/housenumbers"
 SVHN_MIRROR = "ufldl-stanford/svhn"  # on the Hugging Face hub
 SVHN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # training, 0 to 9
 CERTIFICATES_HINT = (
@@ -392,7 +392,8 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     if file_sha256(path).startswith(sha256_prefix):
         return path
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
-    hint = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
+    place = f"{path} (sha256 {sha256_prefix}...)"
+    hint = f"run again with an internet connection, or save the file as {place}"
     return fetch_first(path.name, sources, hint)
 
 
@@ -465,7 +466,7 @@ def real_mnist(part: str) -> Split:
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
-        rows.append(read_idx(download_once([f"{MNIST_HOST}/{name}"], path, SHA256[name])))
+        rows.append(read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256[name])))
     images, labels = rows
     return Split(images.view(-1, 1, 28, 28), labels.long())
 
@@ -557,10 +558,10 @@ def real_svhn(part: str) -> Split:
             continue
         try:
             return read_svhn(part, files)
-        except Exception as error:  # another file, or the network, may do
+        except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
 
-    url = f"{SVHN_HOST}/{mat}"
+    url = f"{SVHN_URL}/{mat}"
     sources = [(url, partial(download, url, root / mat, SHA256[mat]))]
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
     try:
@@ -568,7 +569,8 @@ def real_svhn(part: str) -> Split:
     except ImportError as error:  # the official address may do
         failure = describe_failure(SVHN_MIRROR, error)
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
-    hint = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
+    files_needed = "train_32x32.mat and test_32x32.mat"
+    hint = f"run again with an internet connection, or put {files_needed} into {root}"
     return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
 
 
@@ -664,7 +666,7 @@ PUBLISHED_G_URLS = (
     "http://ml.cs.tsinghua.edu.cn:80/~chenxi/pytorch-models/svhn-f564f3d8.pth",
 )
 MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights that read fewer are not used
-BIGGAN_256 = (
+BIGGAN_256_URL = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
 BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first digits
@@ -785,10 +787,10 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
         # DeepMind's 256 model has these two layers more, behind the library's fifth.
         added = [(True, 8, 8), (False, 8, 8)]
         config.layers = config.layers[:5] + added + config.layers[5:]
-        path = download_once([BIGGAN_256], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
+        path = download_once([BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
     else:
         source = hub_source(BIGGAN_128_MIRROR, "pytorch_model.bin", data_root() / name)
-        path = fetch_first(name, [source], "run again with a network")
+        path = fetch_first(name, [source], "run again with an internet connection")
     # load_weights checks all keys; the library's from_pretrained would accept any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
@@ -812,7 +814,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 
 
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
-    """The generator of that name, which is not 'auto' (see `load_biggan`).
+    """The generator of that name, which is not 'auto' (see `best_generator`).
 
     Raises ValueError for a name that is not known, or what the generator's loader raises.
     """
@@ -823,11 +825,13 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
     raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
 
 
-def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGenerator | None, str]:
-    """The generator and, with 'auto', why no better one could be had ("" for the best).
+def best_generator(
+    name: str, profile: str, device: torch.device
+) -> tuple[ImageGenerator | None, str]:
+    """The best generator that can be had, and why no better one could ("" for the best).
 
-    'auto' tries BigGAN-deep (only in a full run that may use the network), then the digit BigGAN of
-    offline/, and gives None if all fail. Any other name is loaded or raises an error.
+    'auto' tries BigGAN-deep (only in a full run that may download), then the digit BigGAN of
+    offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -1324,13 +1328,13 @@ STAGE_MINUTES: dict[str, dict[str, float]] = {
         "1 (b) recipes": 1.6,
         "1 (b)": 21.5,
         "1 (c) sharing": 4.0,
-        "1 (c)": 22.2,
+        "1 (c)": 20.0,
         "1 (d) recipes": 1.0,
-        "1 (d)": 8.4,
-        "1 (d) sizes": 3.5,
-        "1 (e) variants": 4.0,
-        "1 (e)": 1.0,
-        "all else": 3.0,
+        "1 (d)": 7.4,
+        "1 (d) sizes": 3.2,
+        "1 (e) variants": 3.6,
+        "1 (e)": 0.9,
+        "all else": 1.5,
     },
     "short": {
         "1 (b) recipes": 0.35,
@@ -1402,7 +1406,8 @@ class Progress:
     def __init__(self) -> None:
         self.file: Path | None = None  # None: no task of run_parallel is at work
 
-    def start(self, file: Path, epochs: int) -> None:
+    def start(self, file: Path) -> None:
+        """A task begins; `file` is its own."""
         file.touch()
         self.file = file
 
@@ -1696,8 +1701,8 @@ def show_figure(
 
 def render(figure: plt.Figure, kind: str, title: str) -> bytes:
     """A figure as a file, 'png' or 'svg', the same one from the same figure."""
-    changing = "Software" if kind == "png" else "Date"
-    file_metadata = {"Title": title, changing: None}
+    left_out = "Software" if kind == "png" else "Date"  # a version or a time: these change
+    file_metadata = {"Title": title, left_out: None}
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=file_metadata)
     return file.getvalue()
@@ -1879,18 +1884,18 @@ class TypstPDFExporter(HTMLExporter):
         self.nb = with_all_fields(nb)
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
-        self.notes: list[tuple[int, str]] = []
+        self.notices_by_cell: list[tuple[int, str]] = []  # number of a cell, what about it
         self.image_numbers = itertools.count()
         with tempfile.TemporaryDirectory() as folder:
             self.workshop = Path(folder)
             self.compiler = typst.Compiler(root=folder)
             content = self.typeset(*self.read_cells())
-        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notes)]
+        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notices_by_cell)]
         return content, self.resources | {"output_extension": ".pdf"}
 
     def note(self, number: int, text: str) -> None:
         """Keep a notice on the cell of this number."""
-        self.notes.append((number, text))
+        self.notices_by_cell.append((number, text))
 
     # Cells to HTML
 
