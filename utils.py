@@ -1080,7 +1080,10 @@ def require_finite(loss: float, plan: Plan, epoch: int) -> None:
 
 @torch.no_grad()
 def predict(model: nn.Module, split: Split) -> Tensor:
-    """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode."""
+    """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode.
+
+    It runs where the parameters of `model` are.
+    """
     device = next(model.parameters()).device
     model.eval()
     outputs = []
