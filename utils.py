@@ -186,14 +186,14 @@ RETRYABLE = (  # what a second try may mend
     ConnectionError,
     http.client.HTTPException,
 )
-SIZES = {
+SIZES = {  # of the real sets, not cut short
     "MNIST": {"train": 60_000, "test": 10_000},
     "SVHN": {"train": 73_257, "test": 26_032},
 }
 TINY_SIZES = {"train": 512, "test": 256}  # of every data set in the tiny profile
 RENDERED_SIZES = {"train": 24_000, "test": 5_000}  # of the stand-in for SVHN
 RENDERED_SEEDS = {"train": 1, "test": 2}
-SHA256 = {  # the first digits
+SHA256 = {  # the first 8 of 64 hex digits
     "train-images-idx3-ubyte.gz": "440fcabf",
     "train-labels-idx1-ubyte.gz": "3552534a",
     "t10k-images-idx3-ubyte.gz": "8d422c7b",
@@ -217,7 +217,10 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images (uint8, N x C x H x W, C 1 or 3) and labels (int64, N, 0 to 9), else ValueError."""
+    """Images (uint8, N x C x H x W, C 1 or 3) and their labels (int64, N, 0 to 9).
+
+    Raises ValueError for anything else.
+    """
 
     images: Tensor
     labels: Tensor
@@ -352,12 +355,14 @@ def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
             return fetch()
 
 
-def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence[str] = ()) -> Path:
+def fetch_first(
+    name: str, sources: Sequence[Source], hint: str, earlier_failures: Sequence[str] = ()
+) -> Path:
     """The file from the first of `sources` that gives one.
 
-    Raises DataError that lists all failures, those in `tried` first, and says what to do.
+    Raises DataError that lists all failures, the earlier ones first, and says what to do: `hint`.
     """
-    failures = list(tried)
+    failures = list(earlier_failures)
     for url, fetch in sources:
         try:
             return fetch_from(url, fetch)
@@ -372,8 +377,8 @@ def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence
 def download(url: str, path: Path, sha256_prefix: str) -> Path:
     """Download to `path`; a file that is cut or has another sha256 never gets that name."""
 
-    def write(part: Path) -> None:
-        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256_prefix)
+    def write(temporary: Path) -> None:
+        torch.hub.download_url_to_file(url, str(temporary), hash_prefix=sha256_prefix)
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
@@ -438,8 +443,8 @@ def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
         return stored
     split = make()
 
-    def write(part: Path) -> None:
-        with part.open("wb") as file:  # numpy adds .npz to a name, not to a file
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # numpy adds .npz to a name, not to a file
             np.savez(file, images=split.images.numpy(), labels=split.labels.numpy())
 
     write_or_warn(path, write)
@@ -452,6 +457,8 @@ def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
 def read_idx(path: Path) -> Tensor:
     """The numbers of a gzipped file in MNIST's idx format, uint8, as one long row."""
     content = bytearray(gzip.decompress(path.read_bytes()))
+    # Before the numbers: four bytes, of which the last one counts the dimensions, and the length of
+    # each dimension in four bytes.
     dimensions = content[3]
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions)
 
@@ -669,7 +676,7 @@ MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights that read few
 BIGGAN_256_URL = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
-BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first digits
+BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first 16 of 64 hex digits
 BIGGAN_128_MIRROR = "osanseviero/BigGAN-deep-128"  # on the Hugging Face hub
 
 
@@ -767,7 +774,7 @@ class ImageGenerator:
     model: nn.Module
     name: str
     title: str  # for captions: which model, whose weights
-    classes: list[str]
+    classes: list[str]  # their names, in the order of c
     z_dim: int
     size: int
 
@@ -1017,7 +1024,7 @@ class Checkpointer:
         if not last and time.monotonic() - self.saved_at < SECONDS_BETWEEN_SAVES:
             return
         content = self.to_bytes(history)
-        write_or_warn(self.path, lambda part: part.write_bytes(content))
+        write_or_warn(self.path, lambda temporary: temporary.write_bytes(content))
         self.saved_at = time.monotonic()
 
 
@@ -1270,13 +1277,14 @@ def source_text(code: CodeType) -> str | None:
 
 def names_used(code: CodeType) -> set[tuple[str, str]]:
     """The global names that `code` reads, each with the attribute that is read from it, or ''."""
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    every = dis.get_instructions(code)
+    instructions = [one for one in every if one.opname != "EXTENDED_ARG"]
     names = set()
-    for step, following in itertools.pairwise(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            # utils.fit(...) gives ("utils", "fit"): its attribute is read in the next step.
+    for one, following in itertools.pairwise(instructions):
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            # utils.fit(...) gives ("utils", "fit"): the next instruction reads the attribute.
             is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            names.add((step.argval, following.argval if is_dotted else ""))
+            names.add((one.argval, following.argval if is_dotted else ""))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):  # a function or comprehension inside
             names |= names_used(constant)
@@ -1557,20 +1565,22 @@ def epoch_marks(folder: Path) -> list[bytes]:
 class StageDisplay:
     """The bar of one `run_parallel`, kept up to date by a thread, and the line when it ends."""
 
-    def __init__(self, title: str, epochs: int, folder: Path) -> None:
-        self.title, self.epochs, self.folder = title, epochs, folder
+    def __init__(self, title: str, all_epochs: int, folder: Path) -> None:
+        self.title = title
+        self.all_epochs = all_epochs  # of all tasks together
+        self.folder = folder
         self.started = time.perf_counter()
         self.timed_from = 0.0  # when the first epochs were seen
         self.count_then = 0  # and how many there were
-        self.text = f"{title}: stopped"
-        self.ended = threading.Event()
+        self.text = f"{title}: stopped"  # the line that stays where `finish` is not reached
+        self.ended = threading.Event()  # tells the thread
         self.thread = threading.Thread(target=self.follow, daemon=True)
 
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
         self.bar = tqdm(
-            total=self.epochs,
+            total=self.all_epochs,
             desc=self.title,
             unit="epoch",
             file=file,
@@ -1605,11 +1615,11 @@ class StageDisplay:
             self.timed_from = now
             self.count_then = trained
         timed = trained - self.count_then
-        if timed == 0 or timed < self.epochs / 10:
+        if timed == 0 or timed < self.all_epochs / 10:
             return
         seconds_an_epoch = (now - self.timed_from) / timed
         before = self.timed_from - self.started
-        left = self.epochs - self.count_then
+        left = self.all_epochs - self.count_then
         tell_time(self.title, before + left * seconds_an_epoch)
 
     def finish(self, trainings: int) -> None:
@@ -1691,7 +1701,7 @@ def show_figure(
     kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
     content = render(figure, kind, text)
     file = runs_folder() / "figures" / f"{name}.{kind}"
-    write_or_warn(file, lambda part: part.write_bytes(content))
+    write_or_warn(file, lambda temporary: temporary.write_bytes(content))
     output_metadata = {"caption": text, media_type: {"alt": text}}
     if photo:
         output_metadata[media_type]["width"] = round(96 * figure.get_figwidth())
@@ -1841,7 +1851,7 @@ class Formula:
 
     cell_number: int
     tex: str
-    display: bool
+    is_block: bool  # stands between lines of text, not within one
     typst: str = ""
 
 
@@ -1890,7 +1900,7 @@ class TypstPDFExporter(HTMLExporter):
         self.notices_by_cell: list[tuple[int, str]] = []  # number of a cell, what about it
         self.image_numbers = itertools.count()
         with tempfile.TemporaryDirectory() as folder:
-            self.workshop = Path(folder)
+            self.typst_folder = Path(folder)
             self.compiler = typst.Compiler(root=folder)
             content = self.typeset(*self.read_cells())
         self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notices_by_cell)]
@@ -1934,7 +1944,7 @@ class TypstPDFExporter(HTMLExporter):
         """Leave to a code cell the outputs, and of each the form, that the PDF shows."""
         cell.outputs = [output for output in cell.outputs if is_printed(output)]
         for output in cell.outputs:
-            self.keep_printable(number, output)
+            self.keep_one_form(number, output)
 
     def cell_html(self, number: int, cell: NotebookNode) -> str:
         """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
@@ -1946,7 +1956,7 @@ class TypstPDFExporter(HTMLExporter):
             self.note(number, f"shown as source: {error}")
             return f"<pre>{escape(cell.source)}</pre>"
 
-    def keep_printable(self, number: int, output: NotebookNode) -> None:
+    def keep_one_form(self, number: int, output: NotebookNode) -> None:
         """Leave to an output the one form of its data that the PDF shows; note failed claims."""
         data, about = output.get("data", {}), output.get("metadata", {})
         self.note_claims(number, about.get("claims", {}))
@@ -1991,15 +2001,15 @@ class TypstPDFExporter(HTMLExporter):
             exclude_anchor_links=True,
         )
         renderer.inline_math = self.mark_formula
-        renderer.block_math = partial(self.mark_formula, display=True)
+        renderer.block_math = partial(self.mark_formula, is_block=True)
         renderer.latex_environment = lambda name, body: self.mark_formula(
-            rf"\begin{{{name}}}{body}\end{{{name}}}", display=True
+            rf"\begin{{{name}}}{body}\end{{{name}}}", is_block=True
         )
         return MarkdownWithMath(renderer=renderer).render(source)
 
-    def mark_formula(self, tex: str, display: bool = False) -> str:
+    def mark_formula(self, tex: str, is_block: bool = False) -> str:
         """Keep a formula for later; returns the mark of its place."""
-        self.formulas.append(Formula(self.cell_number, tex, display))
+        self.formulas.append(Formula(self.cell_number, tex, is_block))
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
     def mark_formulas(self, html: str) -> str:
@@ -2064,7 +2074,7 @@ class TypstPDFExporter(HTMLExporter):
             self.replace_by_words(number, image, f"image {source}")
             return
         name = f"image{next(self.image_numbers)}"
-        (self.workshop / name).write_bytes(content)
+        (self.typst_folder / name).write_bytes(content)
         image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
 
     def fit_table(self, number: int, table: Tag) -> None:
@@ -2118,7 +2128,7 @@ class TypstPDFExporter(HTMLExporter):
             # pandoc writes "||" for the bars of vmatrix and Vmatrix alike.
             bars = '"‖"' if "Vmatrix" in formula.tex else '"|"'
             typst = answers.get(str(number), "").replace('"||"', bars)
-            formula.typst = f"$ {typst} $" if formula.display else f"${typst}$"
+            formula.typst = f"$ {typst} $" if formula.is_block else f"${typst}$"
             if not typst:
                 self.show_source(formula)
 
@@ -2378,7 +2388,7 @@ def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[st
     pdf = pdf or path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
-    write_atomically(pdf, lambda file: file.write_bytes(content))
+    write_atomically(pdf, lambda temporary: temporary.write_bytes(content))
     state = "as it is open" if found else "as last saved"
     print(*exporter.notices, f"PDF of {path.name} {state}: {pdf.resolve()}", sep="\n")
     if in_colab():

@@ -383,7 +383,7 @@ def with_table(readme: str, records: list[dict[str, Any]]) -> str:
 def save(records: list[dict[str, Any]]) -> None:
     """Write bench.json and the README's table."""
     text = json.dumps(records, indent=1) + "\n"
-    utils.write_atomically(RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
+    utils.write_atomically(RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 

@@ -57,8 +57,8 @@ LR_GENERATOR = 3e-4
 LR_DISCRIMINATOR = 6e-4
 BETAS = (0.0, 0.99)
 # Gain of the discriminator's score, until GAIN_STEP and from then on. In the run that made the
-# weights it was raised there by hand, to no effect: the hinge loss was 1.7 before and after (2 is
-# that of a blind discriminator). It is kept so that the run can be repeated.
+# weights it was raised there, to no effect: the hinge loss was 1.7 before and soon after (2 is that
+# of a blind discriminator). It is kept so that the run can be repeated.
 FIRST_GAIN = 4.0
 LATER_GAIN = 12.0
 GAIN_STEP = 2100
@@ -298,7 +298,7 @@ class Trainer:
             "seconds": self.seconds,
             "log": self.log,
         }
-        utils.write_atomically(path, lambda part: torch.save(state, part))
+        utils.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint that `save` wrote."""
@@ -386,7 +386,7 @@ def save_snapshot(trainer: Trainer, runs: Path) -> None:
         "average": trainer.average.state_dict(),
     }
     path = runs / f"snapshot-{trainer.step:06d}.pt"
-    utils.write_atomically(path, lambda part: torch.save(states, part))
+    utils.write_atomically(path, lambda temporary: torch.save(states, temporary))
 
 
 def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:

@@ -97,7 +97,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        utils.write_atomically(path, lambda part: torch.save(state, part))
+        utils.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint that `save` wrote."""
