@@ -186,14 +186,14 @@ RETRYABLE = (  # what a second try may mend
     ConnectionError,
     http.client.HTTPException,
 )
-SIZES = {
+SIZES = {  # of the real sets, not cut short
     "MNIST": {"train": 60_000, "test": 10_000},
     "SVHN": {"train": 73_257, "test": 26_032},
 }
 TINY_SIZES = {"train": 512, "test": 256}  # of every data set in the tiny profile
 RENDERED_SIZES = {"train": 24_000, "test": 5_000}  # of the stand-in for SVHN
 RENDERED_SEEDS = {"train": 1, "test": 2}
-SHA256 = {  # the first digits
+SHA256 = {  # the first 8 of 64 hex digits
     "train-images-idx3-ubyte.gz": "440fcabf",
     "train-labels-idx1-ubyte.gz": "3552534a",
     "t10k-images-idx3-ubyte.gz": "8d422c7b",
@@ -201,8 +201,8 @@ SHA256 = {  # the first digits
     "train_32x32.mat": "435e94d6",
     "test_32x32.mat": "cdce80df",
 }
-MNIST_HOST = "https://ossci-datasets.s3.amazonaws.com/mnist"
-SVHN_HOST = "http://ufldl.stanford.edu/housenumbers"
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
+SVHN_URL = "http://ufldl.stanford.edu/housenumbers"
 SVHN_MIRROR = "ufldl-stanford/svhn"  # on the Hugging Face hub
 SVHN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # training, 0 to 9
 CERTIFICATES_HINT = (
@@ -217,7 +217,10 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images (uint8, N x C x H x W, C 1 or 3) and labels (int64, N, 0 to 9), else ValueError."""
+    """Images (uint8, N x C x H x W, C 1 or 3) and their labels (int64, N, 0 to 9).
+
+    Raises ValueError for anything else.
+    """
 
     images: Tensor
     labels: Tensor
@@ -272,15 +275,6 @@ class DigitData:
     def map(self, change: Callable[[Split], Split]) -> DigitData:
         """The same data with `change` applied to both splits."""
         return replace(self, train=change(self.train), test=change(self.test))
-
-
-def describe_size(data: DigitData) -> str:
-    """'SVHN: 73,257 training and 6,000 of 26,032 test images'."""
-    parts = {}
-    for part, split in (("train", data.train), ("test", data.test)):
-        whole = SIZES[data.name][part] if data.real else len(split)
-        parts[part] = f"{len(split):,}" if len(split) == whole else f"{len(split):,} of {whole:,}"
-    return f"{data.name}: {parts['train']} training and {parts['test']} test images"
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -361,12 +355,14 @@ def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
             return fetch()
 
 
-def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence[str] = ()) -> Path:
+def fetch_first(
+    name: str, sources: Sequence[Source], hint: str, earlier_failures: Sequence[str] = ()
+) -> Path:
     """The file from the first of `sources` that gives one.
 
-    Raises DataError that lists all failures, those in `tried` first, and says what to do.
+    Raises DataError that lists all failures, the earlier ones first, and says what to do: `hint`.
     """
-    failures = list(tried)
+    failures = list(earlier_failures)
     for url, fetch in sources:
         try:
             return fetch_from(url, fetch)
@@ -381,8 +377,8 @@ def fetch_first(name: str, sources: Sequence[Source], hint: str, tried: Sequence
 def download(url: str, path: Path, sha256_prefix: str) -> Path:
     """Download to `path`; a file that is cut or has another sha256 never gets that name."""
 
-    def write(part: Path) -> None:
-        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256_prefix)
+    def write(temporary: Path) -> None:
+        torch.hub.download_url_to_file(url, str(temporary), hash_prefix=sha256_prefix)
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
@@ -401,7 +397,8 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     if file_sha256(path).startswith(sha256_prefix):
         return path
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
-    hint = f"run again with a network, or save the file as {path} (sha256 {sha256_prefix}...)"
+    place = f"{path} (sha256 {sha256_prefix}...)"
+    hint = f"run again with an internet connection, or save the file as {place}"
     return fetch_first(path.name, sources, hint)
 
 
@@ -446,8 +443,8 @@ def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
         return stored
     split = make()
 
-    def write(part: Path) -> None:
-        with part.open("wb") as file:  # numpy adds .npz to a name, not to a file
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # numpy adds .npz to a name, not to a file
             np.savez(file, images=split.images.numpy(), labels=split.labels.numpy())
 
     write_or_warn(path, write)
@@ -460,6 +457,8 @@ def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
 def read_idx(path: Path) -> Tensor:
     """The numbers of a gzipped file in MNIST's idx format, uint8, as one long row."""
     content = bytearray(gzip.decompress(path.read_bytes()))
+    # Before the numbers: four bytes, of which the last one counts the dimensions, and the length of
+    # each dimension in four bytes.
     dimensions = content[3]
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions)
 
@@ -474,7 +473,7 @@ def real_mnist(part: str) -> Split:
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
-        rows.append(read_idx(download_once([f"{MNIST_HOST}/{name}"], path, SHA256[name])))
+        rows.append(read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256[name])))
     images, labels = rows
     return Split(images.view(-1, 1, 28, 28), labels.long())
 
@@ -566,10 +565,10 @@ def real_svhn(part: str) -> Split:
             continue
         try:
             return read_svhn(part, files)
-        except Exception as error:  # another file, or the network, may do
+        except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
 
-    url = f"{SVHN_HOST}/{mat}"
+    url = f"{SVHN_URL}/{mat}"
     sources = [(url, partial(download, url, root / mat, SHA256[mat]))]
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
     try:
@@ -577,7 +576,8 @@ def real_svhn(part: str) -> Split:
     except ImportError as error:  # the official address may do
         failure = describe_failure(SVHN_MIRROR, error)
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
-    hint = f"run again with a network, or put train_32x32.mat and test_32x32.mat into {root}"
+    files_needed = "train_32x32.mat and test_32x32.mat"
+    hint = f"run again with an internet connection, or put {files_needed} into {root}"
     return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
 
 
@@ -608,7 +608,7 @@ def svhn_stand_in() -> DigitData:
 
     def split(part: str) -> Split:
         count, seed = sizes[part], RENDERED_SEEDS[part]
-        key = [*street_numbers.versions(), str(count), str(seed)]
+        key = [*street_numbers.cache_key(), str(count), str(seed)]
         render = street_numbers.render_street_numbers
         return load_cached("rendered", lambda: Split(*render(count, seed)), *key)
 
@@ -673,10 +673,10 @@ PUBLISHED_G_URLS = (
     "http://ml.cs.tsinghua.edu.cn:80/~chenxi/pytorch-models/svhn-f564f3d8.pth",
 )
 MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights that read fewer are not used
-BIGGAN_256 = (
+BIGGAN_256_URL = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
-BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first digits
+BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first 16 of 64 hex digits
 BIGGAN_128_MIRROR = "osanseviero/BigGAN-deep-128"  # on the Hugging Face hub
 
 
@@ -774,7 +774,7 @@ class ImageGenerator:
     model: nn.Module
     name: str
     title: str  # for captions: which model, whose weights
-    classes: list[str]
+    classes: list[str]  # their names, in the order of c
     z_dim: int
     size: int
 
@@ -794,10 +794,10 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
         # DeepMind's 256 model has these two layers more, behind the library's fifth.
         added = [(True, 8, 8), (False, 8, 8)]
         config.layers = config.layers[:5] + added + config.layers[5:]
-        path = download_once([BIGGAN_256], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
+        path = download_once([BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
     else:
         source = hub_source(BIGGAN_128_MIRROR, "pytorch_model.bin", data_root() / name)
-        path = fetch_first(name, [source], "run again with a network")
+        path = fetch_first(name, [source], "run again with an internet connection")
     # load_weights checks all keys; the library's from_pretrained would accept any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
@@ -821,7 +821,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 
 
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
-    """The generator of that name, which is not 'auto' (see `load_biggan`).
+    """The generator of that name, which is not 'auto' (see `best_generator`).
 
     Raises ValueError for a name that is not known, or what the generator's loader raises.
     """
@@ -832,11 +832,13 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
     raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
 
 
-def load_biggan(name: str, profile: str, device: torch.device) -> tuple[ImageGenerator | None, str]:
-    """The generator and, with 'auto', why no better one could be had ("" for the best).
+def best_generator(
+    name: str, profile: str, device: torch.device
+) -> tuple[ImageGenerator | None, str]:
+    """The best generator that can be had, and why no better one could ("" for the best).
 
-    'auto' tries BigGAN-deep (only in a full run that may use the network), then the digit BigGAN of
-    offline/, and gives None if all fail. Any other name is loaded or raises an error.
+    'auto' tries BigGAN-deep (only in a full run that may download), then the digit BigGAN of
+    offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -1022,7 +1024,7 @@ class Checkpointer:
         if not last and time.monotonic() - self.saved_at < SECONDS_BETWEEN_SAVES:
             return
         content = self.to_bytes(history)
-        write_or_warn(self.path, lambda part: part.write_bytes(content))
+        write_or_warn(self.path, lambda temporary: temporary.write_bytes(content))
         self.saved_at = time.monotonic()
 
 
@@ -1035,7 +1037,7 @@ def fit(
 ) -> History:
     """Train `model` in place by the notebook's loop `train_epoch`, with AdamW; return its history.
 
-    A stored training goes on where it stopped.
+    `model` is left in eval mode. A stored training goes on where it stopped.
 
     train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
     means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
@@ -1057,7 +1059,7 @@ def fit(
     history = checkpointer.load()
     if history:
         _run.stored.append(plan.name)
-        _progress.advance(len(history), STORED)
+        _progress.advance(len(history), STORED)  # for the bar of run_parallel, below
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
         seed_torch(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
@@ -1084,13 +1086,16 @@ def require_finite(loss: float, plan: Plan, epoch: int) -> None:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
-    """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode."""
-    device = next((parameter.device for parameter in model.parameters()), default_device())
+def predict(model: nn.Module, split: Split) -> Tensor:
+    """Outputs for every image of `split`, in order: float32, CPU. Leaves `model` in eval mode.
+
+    It runs where the parameters of `model` are.
+    """
+    device = next(model.parameters()).device
     model.eval()
     outputs = []
     with autocast(device):
-        for chunk in split.images.split(batch_size):
+        for chunk in split.images.split(512):
             images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
             outputs.append(model(images).float())
     return torch.cat(outputs).cpu()
@@ -1272,13 +1277,14 @@ def source_text(code: CodeType) -> str | None:
 
 def names_used(code: CodeType) -> set[tuple[str, str]]:
     """The global names that `code` reads, each with the attribute that is read from it, or ''."""
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    every = dis.get_instructions(code)
+    instructions = [one for one in every if one.opname != "EXTENDED_ARG"]
     names = set()
-    for step, following in itertools.pairwise(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            # utils.fit(...) gives ("utils", "fit"): its attribute is read in the next step.
+    for one, following in itertools.pairwise(instructions):
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            # utils.fit(...) gives ("utils", "fit"): the next instruction reads the attribute.
             is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            names.add((step.argval, following.argval if is_dotted else ""))
+            names.add((one.argval, following.argval if is_dotted else ""))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):  # a function or comprehension inside
             names |= names_used(constant)
@@ -1330,16 +1336,16 @@ STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finishe
 # stored trainings tells, by them, about how long the whole run takes.
 STAGE_MINUTES: dict[str, dict[str, float]] = {
     "full": {
-        "1 (b) recipes": 2.5,
-        "1 (b)": 24.5,
+        "1 (b) recipes": 1.6,
+        "1 (b)": 21.5,
         "1 (c) sharing": 4.0,
-        "1 (c)": 22.2,
+        "1 (c)": 20.0,
         "1 (d) recipes": 1.0,
-        "1 (d)": 8.4,
-        "1 (d) sizes": 3.5,
-        "1 (e) variants": 4.0,
-        "1 (e)": 1.0,
-        "all else": 3.0,
+        "1 (d)": 7.4,
+        "1 (d) sizes": 3.2,
+        "1 (e) variants": 3.6,
+        "1 (e)": 0.9,
+        "all else": 1.5,
     },
     "short": {
         "1 (b) recipes": 0.35,
@@ -1409,25 +1415,22 @@ class Progress:
     """Tells the bar of `run_parallel`, by the task's file, how many epochs of a task are over."""
 
     def __init__(self) -> None:
-        self.file: Path | None = None
-        self.epochs_left = 0
+        self.file: Path | None = None  # None: no task of run_parallel is at work
 
-    def start(self, file: Path, epochs: int) -> None:
+    def start(self, file: Path) -> None:
+        """A task begins; `file` is its own."""
         file.touch()
         self.file = file
-        self.epochs_left = epochs
 
     def advance(self, count: int, mark: bytes = TRAINED) -> None:
-        count = min(count, self.epochs_left)
-        if self.file is None or count == 0:
+        """`count` more epochs are over, as `mark` says; without a task this does nothing."""
+        if self.file is None:
             return
-        self.epochs_left -= count
         with suppress(OSError), self.file.open("ab") as file:
             file.write(mark * count)
 
     def finish(self) -> None:
-        """The task ended: count the epochs that it did not train, so that the bar can get full."""
-        self.advance(self.epochs_left)
+        """The task ended."""
         self.file = None
 
 
@@ -1449,7 +1452,7 @@ def run_parallel(
         folder = Path(folder_name)
         prepared = {}
         for number, (key, task) in enumerate(tasks.items()):
-            prepared[key] = partial(execute, task, task_name(key), folder / str(number), epochs)
+            prepared[key] = partial(execute, task, task_name(key), folder / str(number))
         with StageDisplay(title, len(tasks) * epochs, folder) as stage, warnings.catch_warnings():
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
@@ -1466,11 +1469,11 @@ def task_name(key: Hashable) -> str:
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def execute(task: Callable[[], Result], name: str, file: Path, epochs: int) -> Result:
+def execute(task: Callable[[], Result], name: str, file: Path) -> Result:
     """The task's result, from one thread; its progress goes into `file`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
-    _progress.start(file, epochs)
+    _progress.start(file)
     try:
         return task()
     except Exception as error:
@@ -1562,20 +1565,22 @@ def epoch_marks(folder: Path) -> list[bytes]:
 class StageDisplay:
     """The bar of one `run_parallel`, kept up to date by a thread, and the line when it ends."""
 
-    def __init__(self, title: str, epochs: int, folder: Path) -> None:
-        self.title, self.epochs, self.folder = title, epochs, folder
+    def __init__(self, title: str, all_epochs: int, folder: Path) -> None:
+        self.title = title
+        self.all_epochs = all_epochs  # of all tasks together
+        self.folder = folder
         self.started = time.perf_counter()
-        self.first_time = 0.0  # when the first epochs were done
-        self.first_count = 0  # and how many
-        self.text = f"{title}: stopped"
-        self.ended = threading.Event()
+        self.timed_from = 0.0  # when the first epochs were seen
+        self.count_then = 0  # and how many there were
+        self.text = f"{title}: stopped"  # the line that stays where `finish` is not reached
+        self.ended = threading.Event()  # tells the thread
         self.thread = threading.Thread(target=self.follow, daemon=True)
 
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
         file = DisplayStream(self.handle) if self.handle else sys.stdout
         self.bar = tqdm(
-            total=self.epochs,
+            total=self.all_epochs,
             desc=self.title,
             unit="epoch",
             file=file,
@@ -1606,14 +1611,16 @@ class StageDisplay:
         """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
         now = time.perf_counter()
         # Timed from the first tick that sees an epoch: before it, the workers started.
-        if self.first_count == 0:
-            self.first_time, self.first_count = now, trained
-        timed = trained - self.first_count
-        if timed == 0 or timed < self.epochs / 10:
+        if self.count_then == 0:
+            self.timed_from = now
+            self.count_then = trained
+        timed = trained - self.count_then
+        if timed == 0 or timed < self.all_epochs / 10:
             return
-        seconds_an_epoch = (now - self.first_time) / timed
-        left = self.epochs - self.first_count
-        tell_time(self.title, self.first_time - self.started + left * seconds_an_epoch)
+        seconds_an_epoch = (now - self.timed_from) / timed
+        before = self.timed_from - self.started
+        left = self.all_epochs - self.count_then
+        tell_time(self.title, before + left * seconds_an_epoch)
 
     def finish(self, trainings: int) -> None:
         """The stage has its results: compose the line that stays."""
@@ -1694,7 +1701,7 @@ def show_figure(
     kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
     content = render(figure, kind, text)
     file = runs_folder() / "figures" / f"{name}.{kind}"
-    write_or_warn(file, lambda part: part.write_bytes(content))
+    write_or_warn(file, lambda temporary: temporary.write_bytes(content))
     output_metadata = {"caption": text, media_type: {"alt": text}}
     if photo:
         output_metadata[media_type]["width"] = round(96 * figure.get_figwidth())
@@ -1707,8 +1714,8 @@ def show_figure(
 
 def render(figure: plt.Figure, kind: str, title: str) -> bytes:
     """A figure as a file, 'png' or 'svg', the same one from the same figure."""
-    changing = "Software" if kind == "png" else "Date"
-    file_metadata = {"Title": title, changing: None}
+    left_out = "Software" if kind == "png" else "Date"  # a version or a time: these change
+    file_metadata = {"Title": title, left_out: None}
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=220, bbox_inches="tight", metadata=file_metadata)
     return file.getvalue()
@@ -1844,7 +1851,7 @@ class Formula:
 
     cell_number: int
     tex: str
-    display: bool
+    is_block: bool  # stands between lines of text, not within one
     typst: str = ""
 
 
@@ -1890,18 +1897,18 @@ class TypstPDFExporter(HTMLExporter):
         self.nb = with_all_fields(nb)
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
-        self.notes: list[tuple[int, str]] = []
+        self.notices_by_cell: list[tuple[int, str]] = []  # number of a cell, what about it
         self.image_numbers = itertools.count()
         with tempfile.TemporaryDirectory() as folder:
-            self.workshop = Path(folder)
+            self.typst_folder = Path(folder)
             self.compiler = typst.Compiler(root=folder)
             content = self.typeset(*self.read_cells())
-        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notes)]
+        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notices_by_cell)]
         return content, self.resources | {"output_extension": ".pdf"}
 
     def note(self, number: int, text: str) -> None:
         """Keep a notice on the cell of this number."""
-        self.notes.append((number, text))
+        self.notices_by_cell.append((number, text))
 
     # Cells to HTML
 
@@ -1937,7 +1944,7 @@ class TypstPDFExporter(HTMLExporter):
         """Leave to a code cell the outputs, and of each the form, that the PDF shows."""
         cell.outputs = [output for output in cell.outputs if is_printed(output)]
         for output in cell.outputs:
-            self.keep_printable(number, output)
+            self.keep_one_form(number, output)
 
     def cell_html(self, number: int, cell: NotebookNode) -> str:
         """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
@@ -1949,7 +1956,7 @@ class TypstPDFExporter(HTMLExporter):
             self.note(number, f"shown as source: {error}")
             return f"<pre>{escape(cell.source)}</pre>"
 
-    def keep_printable(self, number: int, output: NotebookNode) -> None:
+    def keep_one_form(self, number: int, output: NotebookNode) -> None:
         """Leave to an output the one form of its data that the PDF shows; note failed claims."""
         data, about = output.get("data", {}), output.get("metadata", {})
         self.note_claims(number, about.get("claims", {}))
@@ -1994,15 +2001,15 @@ class TypstPDFExporter(HTMLExporter):
             exclude_anchor_links=True,
         )
         renderer.inline_math = self.mark_formula
-        renderer.block_math = partial(self.mark_formula, display=True)
+        renderer.block_math = partial(self.mark_formula, is_block=True)
         renderer.latex_environment = lambda name, body: self.mark_formula(
-            rf"\begin{{{name}}}{body}\end{{{name}}}", display=True
+            rf"\begin{{{name}}}{body}\end{{{name}}}", is_block=True
         )
         return MarkdownWithMath(renderer=renderer).render(source)
 
-    def mark_formula(self, tex: str, display: bool = False) -> str:
+    def mark_formula(self, tex: str, is_block: bool = False) -> str:
         """Keep a formula for later; returns the mark of its place."""
-        self.formulas.append(Formula(self.cell_number, tex, display))
+        self.formulas.append(Formula(self.cell_number, tex, is_block))
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
     def mark_formulas(self, html: str) -> str:
@@ -2067,7 +2074,7 @@ class TypstPDFExporter(HTMLExporter):
             self.replace_by_words(number, image, f"image {source}")
             return
         name = f"image{next(self.image_numbers)}"
-        (self.workshop / name).write_bytes(content)
+        (self.typst_folder / name).write_bytes(content)
         image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
 
     def fit_table(self, number: int, table: Tag) -> None:
@@ -2121,7 +2128,7 @@ class TypstPDFExporter(HTMLExporter):
             # pandoc writes "||" for the bars of vmatrix and Vmatrix alike.
             bars = '"‖"' if "Vmatrix" in formula.tex else '"|"'
             typst = answers.get(str(number), "").replace('"||"', bars)
-            formula.typst = f"$ {typst} $" if formula.display else f"${typst}$"
+            formula.typst = f"$ {typst} $" if formula.is_block else f"${typst}$"
             if not typst:
                 self.show_source(formula)
 
@@ -2381,7 +2388,7 @@ def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[st
     pdf = pdf or path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
-    write_atomically(pdf, lambda file: file.write_bytes(content))
+    write_atomically(pdf, lambda temporary: temporary.write_bytes(content))
     state = "as it is open" if found else "as last saved"
     print(*exporter.notices, f"PDF of {path.name} {state}: {pdf.resolve()}", sep="\n")
     if in_colab():

@@ -1,4 +1,4 @@
-"""Rendered street numbers, the stand-in for SVHN where there is neither a network nor the files.
+"""Rendered street numbers, the stand-in for SVHN where its files are not and cannot be downloaded.
 
 The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 4): font glyphs
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
@@ -54,6 +54,7 @@ _SIZE = 32  # pixels of a crop's side
 _FIELD_SAMPLES = 64  # along each side of a glyph's distance field
 _FIELD_REACH = 0.8  # digit heights from a field's center to its sides
 _CHUNK = 250  # crops rendered at once
+_THICK_HALF_STROKE = 0.105  # digit heights; thinner strokes may grow up to it, thicker ones hardly
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / filename
     font = ImageFont.truetype(str(path), 200)
     side = 2 * _FIELD_SAMPLES  # draw at twice the field's resolution
-    height = _FIELD_SAMPLES / _FIELD_REACH  # of a digit, in drawn pixels
+    height = side / 2 / _FIELD_REACH  # of a digit, in drawn pixels
     fields, half_widths, half_strokes = [], [], []
     for character in characters:
         left, top, right, bottom = font.getbbox(character)
@@ -87,8 +88,10 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
         field = torch.from_numpy(distance / height).float()
         fields.append(F.avg_pool2d(field[None, None], 2)[0, 0])
         half_widths.append(width / 2 / height)
-        edge = inside & (distance < 1.5)
-        half_strokes.append(inside.sum() / edge.sum() / height)
+        # A stroke's area is its length times its width, and it has two edges: its area divided by
+        # the pixels of both edges is half its width.
+        edges = inside & (distance < 1.5)
+        half_strokes.append(inside.sum() / edges.sum() / height)
     return torch.stack(fields), torch.tensor(half_widths), float(np.median(half_strokes))
 
 
@@ -130,18 +133,21 @@ class _Sign(NamedTuple):
 def _random_sign(rng: torch.Generator, n: int) -> _Sign:
     """Signs of random size, seen at random angles, slanted and warped a little."""
     x, y = _pixel_grid()
-    size = _uniform(rng, 0.52, 0.94, n, 1, 1)
-    depth = 1 + _normal(rng, 0.07, n, 1, 1) * x + _normal(rng, 0.05, n, 1, 1) * y
-    x = x / depth - _normal(rng, 0.07, n, 1, 1)
-    y = y / depth - _normal(rng, 0.06, n, 1, 1)
-    turn = _normal(rng, 0.10, n, 1, 1)
+    digit_height = _uniform(rng, 0.52, 0.94, n, 1, 1)  # as a share of the crop's side
+    # Perspective: how near a place on the sign is, 1 in the middle of the crop; near is large.
+    nearness = 1 + _normal(rng, 0.07, n, 1, 1) * x + _normal(rng, 0.05, n, 1, 1) * y
+    # The digit stands a little beside the crop's middle.
+    x = x / nearness - _normal(rng, 0.07, n, 1, 1)
+    y = y / nearness - _normal(rng, 0.06, n, 1, 1)
+    turn = _normal(rng, 0.10, n, 1, 1)  # radians
     u = turn.cos() * x + turn.sin() * y
     v = turn.cos() * y - turn.sin() * x
     u = u + _normal(rng, 0.16, n, 1, 1) * v  # slant
     v = v + _normal(rng, 0.06, n, 1, 1) * u  # the baseline climbs
-    u, v = u / (2 * size), v / (2 * size)
+    u = u / (2 * digit_height)  # a crop's side is 2 in x and y
+    v = v / (2 * digit_height)
     wobble = _smooth_noise(rng, n, 2, 5) * _uniform(rng, 0.0, 0.035, n, 1, 1, 1)
-    return _Sign(u + wobble[:, 0], v + wobble[:, 1], size * _SIZE)
+    return _Sign(u + wobble[:, 0], v + wobble[:, 1], digit_height * _SIZE)
 
 
 def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,12 +248,13 @@ def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number
         one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the field: far from the ink
         field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)
 
-    # A field that is raised a little everywhere has thicker strokes.
+    # A field that is raised everywhere has thicker strokes, one that is lowered has thinner ones.
+    # It changes by something between -thinner and +thicker.
     half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
     thinner = 0.25 * half_stroke
-    thicker = (0.105 - half_stroke).clamp(min=0.005, max=0.05)
-    raised = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
-    field = field + raised - thinner
+    thicker = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
+    change_from_thinnest = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
+    field = field + change_from_thinnest - thinner
     return _Number(field, places.left, places.right)
 
 
@@ -257,10 +264,11 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     is_blue = pick < 0.45
     is_brown = pick > 0.65
     is_any_hue = (pick > 0.45) & (pick < 0.65)  # pink and green too
-    hue = _uniform(rng, -np.pi, np.pi, n)
-    bluish = -0.6 + 0.3 * hue / np.pi
-    brownish = 2.4 + 0.35 * hue / np.pi
-    hue = torch.where(is_blue, bluish, hue)
+    # A hue is an angle in the plane of (cb, cr): blue is about -0.6, brown about 2.4.
+    any_hue = _uniform(rng, -np.pi, np.pi, n)
+    bluish = -0.6 + 0.3 * any_hue / np.pi  # -0.9 to -0.3
+    brownish = 2.4 + 0.35 * any_hue / np.pi  # 2.05 to 2.75
+    hue = torch.where(is_blue, bluish, any_hue)
     hue = torch.where(is_brown, brownish, hue)
     vivid = torch.rand(n, generator=rng)
     chroma = 0.07 * vivid + 0.35 * (vivid - 0.75).clamp(min=0) * 2
@@ -370,8 +378,10 @@ def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, 
     paint = _add_relief(rng, paint, field, scale, ground_level)
 
     outline = _coverage((field + _uniform(rng, 0.02, 0.07, n, 1, 1)) * scale)
-    away = torch.where(torch.rand(n, generator=rng) < 0.5, ground_level, 1 - ink_level)
-    rim = _colors(rng, n, (away + _normal(rng, 0.15, n)).clamp(0, 1))
+    # The rim is as bright as the ground, or the opposite of the ink.
+    like_ground = torch.rand(n, generator=rng) < 0.5
+    rim_level = torch.where(like_ground, ground_level, 1 - ink_level)
+    rim = _colors(rng, n, (rim_level + _normal(rng, 0.15, n)).clamp(0, 1))
     paint = _mix(paint, rim, outline * _chance(rng, 0.15, n, 1, 1))
 
     sheen = sign.v * _normal(rng, 0.25, n, 1, 1) + sign.u * _normal(rng, 0.12, n, 1, 1)
@@ -444,7 +454,8 @@ def _dct_matrix() -> Tensor:
     k, t = torch.arange(8.0).view(-1, 1), torch.arange(8.0).view(1, -1)
     block = torch.cos(np.pi * (2 * t + 1) * k / 16) / 2
     block[0] /= 2**0.5
-    return torch.block_diag(*[block] * (_SIZE // 8))
+    blocks = [block] * (_SIZE // 8)
+    return torch.block_diag(*blocks)
 
 
 def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
@@ -532,8 +543,8 @@ def render_street_numbers(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def versions() -> list[str]:
-    """What decides how a crop looks: this file's text, comments too, and the libraries used."""
+def cache_key() -> list[str]:
+    """What decides how a crop looks: this file's text, comments too, and versions of libraries."""
     import matplotlib
     import PIL
 

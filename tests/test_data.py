@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import utils
+from offline.training.common import describe_size
 
 NOWHERE = "http://127.0.0.1:9"  # no server listens there
 
@@ -65,8 +66,8 @@ def pretend_small_svhn(monkeypatch):
     monkeypatch.setattr(utils, "SIZES", sizes)
     monkeypatch.setattr(utils, "RENDERED_SIZES", {"train": 60, "test": 30})
     monkeypatch.setattr(utils, "SVHN_COUNTS", [4] * 10)
-    monkeypatch.setattr(utils, "SVHN_HOST", NOWHERE)
-    monkeypatch.setattr(utils, "MNIST_HOST", NOWHERE)
+    monkeypatch.setattr(utils, "SVHN_URL", NOWHERE)
+    monkeypatch.setattr(utils, "MNIST_URL", NOWHERE)
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     monkeypatch.setenv("A3_DATA", "real")
     return noise_split(utils, 40, 32, 3), noise_split(utils, 20, 32, 3, seed=1)
@@ -126,9 +127,9 @@ def test_images_become_floats_from_minus_one_to_one():
 def test_real_mnist_is_read_in_order_with_its_known_counts(shared, monkeypatch):
     monkeypatch.setenv("A3_DATA_ROOT", str(shared))
     data = utils.load_mnist()
-    assert utils.describe_size(data) == "MNIST: 60,000 training and 10,000 test images"
-    assert data.real
+    assert (data.name, data.real) == ("MNIST", True)
     assert data.train.images.shape == (60_000, 1, 28, 28)
+    assert data.test.images.shape == (10_000, 1, 28, 28)
     assert data.train.counts() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert data.test.counts() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert data.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
@@ -146,7 +147,8 @@ def test_real_svhn_is_read_in_order(shared, monkeypatch):
 def test_all_of_real_svhn_is_that_of_the_official_files(shared, monkeypatch):
     monkeypatch.setenv("A3_DATA_ROOT", str(shared))
     data = utils.load_svhn()
-    assert utils.describe_size(data) == "SVHN: 73,257 training and 6,000 of 26,032 test images"
+    assert (data.name, data.real) == ("SVHN", True)
+    assert (len(data.train), len(data.test)) == (73_257, 6_000)
     assert data.train.counts() == utils.SVHN_COUNTS
     # The first 601 official crops are here in the official format; ours were cut again.
     official = utils.decode_mat(shared / "SVHN_subset" / "train_first601.mat")
@@ -175,9 +177,9 @@ def test_parquet_files_are_read_in_order_and_decoded_once(small_svhn, monkeypatc
 def test_a_changed_file_is_read_again_and_an_incomplete_set_says_so(small_svhn):
     train, test = small_svhn
     store(train, test.first(6))
-    assert utils.describe_size(utils.load_svhn()) == "SVHN: 40 training and 6 of 20 test images"
+    assert describe_size(utils.load_svhn()) == "SVHN: 40 training and 6 of 20 test images"
     store(train, test)
-    assert utils.describe_size(utils.load_svhn()) == "SVHN: 40 training and 20 test images"
+    assert describe_size(utils.load_svhn()) == "SVHN: 40 training and 20 test images"
 
 
 def test_official_files_are_read_with_10_as_the_digit_0(small_svhn, monkeypatch):
@@ -248,7 +250,7 @@ def test_a_stand_in_is_announced_and_never_called_mnist_or_svhn(small_svhn, monk
         data = load()
         told = capsys.readouterr().out
         assert not data.real
-        assert name not in utils.describe_size(data)
+        assert name not in describe_size(data)
         assert f"NOTE  {data.name} in place of {name}." in told
         assert "Connection refused" in told
 
@@ -268,7 +270,7 @@ def test_without_huggingface_hub_that_is_told_and_the_official_address_tried(
         utils.load_svhn()
 
 
-def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_the_network(small_svhn, monkeypatch):
+def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_downloads(small_svhn, monkeypatch):
     for reader in ("real_mnist", "real_svhn"):
         monkeypatch.setattr(utils, reader, lambda _: pytest.fail("real data asked for"))
     monkeypatch.setenv("A3_DATA", "embedded")
@@ -286,10 +288,10 @@ def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch)
     data = utils.load_svhn()
     assert same(data.train, small_svhn[0].first(7))
     assert same(data.test, small_svhn[1].first(3))
-    assert utils.describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
+    assert describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
 
 
-def test_a_lone_notebook_without_network_or_files_says_what_it_needs(small_svhn, monkeypatch):
+def test_a_lone_notebook_without_downloads_or_files_says_what_it_needs(small_svhn, monkeypatch):
     monkeypatch.setenv("A3_DATA", "auto")
     monkeypatch.setattr(utils, "OFFLINE", Path("nowhere"))
     for load in (utils.load_mnist, utils.load_svhn):

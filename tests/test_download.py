@@ -173,12 +173,12 @@ def test_a_name_server_that_says_nothing_is_given_up(path, monkeypatch):
     assert time.monotonic() - start < 2.5
 
 
-def test_a_silent_network_costs_one_time_out_for_each_address(monkeypatch):
+def test_a_silent_connection_costs_one_time_out_for_each_address(monkeypatch):
     pretend_small_svhn(monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts and says nothing
         silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        monkeypatch.setattr(utils, "MNIST_HOST", f"{silent}/mnist")
-        monkeypatch.setattr(utils, "SVHN_HOST", f"{silent}/svhn")
+        monkeypatch.setattr(utils, "MNIST_URL", f"{silent}/mnist")
+        monkeypatch.setattr(utils, "SVHN_URL", f"{silent}/svhn")
         monkeypatch.setenv("HF_ENDPOINT", f"{silent}/hub")
         start = time.monotonic()
         for load in (utils.load_mnist, utils.load_svhn):
@@ -202,7 +202,7 @@ def test_a_client_with_certificates_of_its_own_is_tried_where_urllib_has_none(mo
         utils.fetch_first("SVHN", [("https://hub/f", urlopen)], "save it")
 
 
-# ---- MNIST and SVHN over the network ----
+# ---- MNIST and SVHN by download ----
 
 
 def idx(numbers):
@@ -224,7 +224,7 @@ def test_each_file_of_mnist_is_fetched_once_and_a_damaged_one_replaced(server, m
     raw = utils.data_root() / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    monkeypatch.setattr(utils, "MNIST_HOST", f"{server.url}/mnist")
+    monkeypatch.setattr(utils, "MNIST_URL", f"{server.url}/mnist")
     monkeypatch.setenv("A3_DATA", "real")
     for _ in range(2):
         data = utils.load_mnist()
@@ -247,7 +247,7 @@ def svhn(server, monkeypatch, tmp_path):
         monkeypatch.setitem(utils.SHA256, mat.name, utils.file_sha256(mat))
         server.routes[official] = mat.read_bytes()
         server.routes[mirror] = as_parquet(tmp_path / "server" / "parquet", split).read_bytes()
-    monkeypatch.setattr(utils, "SVHN_HOST", f"{server.url}/official")
+    monkeypatch.setattr(utils, "SVHN_URL", f"{server.url}/official")
     monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub")
     return splits
 

@@ -107,7 +107,7 @@ def test_the_stand_in_is_rendered_once_and_again_after_a_change(monkeypatch):
         assert torch.equal(utils.load_svhn().train.images, first.train.images)
     changed = street_numbers.render_street_numbers(3, 1)
     monkeypatch.setattr(street_numbers, "render_street_numbers", lambda *_: changed)
-    monkeypatch.setattr(street_numbers, "versions", lambda: ["another version of matplotlib"])
+    monkeypatch.setattr(street_numbers, "cache_key", lambda: ["another version of matplotlib"])
     assert len(utils.load_svhn().train) == 3
 
 

@@ -194,9 +194,9 @@ def test_a_folder_that_cannot_be_written_costs_the_checkpoint_not_the_run(
 
 
 def test_predict_keeps_the_order_and_leaves_the_model_in_eval_mode():
-    split = noise_split(utils, 50, size=8)
+    split = noise_split(utils, 1100, size=8)  # more than two batches
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)).train()
-    outputs = utils.predict(model, split, batch_size=7)
+    outputs = utils.predict(model, split)
     assert not model.training
     assert outputs.dtype == torch.float32
     assert torch.allclose(outputs, model(split.images / 127.5 - 1), atol=1e-5)

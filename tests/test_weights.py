@@ -92,7 +92,7 @@ def test_a_g_that_cannot_be_downloaded_is_told_in_one_line(nb, svhn, monkeypatch
 
 
 def test_the_published_g_is_not_asked_for_with_a_stand_in(nb, svhn, monkeypatch):
-    monkeypatch.setattr(utils, "load_published_g", lambda _: pytest.fail("asked the network"))
+    monkeypatch.setattr(utils, "load_published_g", lambda _: pytest.fail("downloaded"))
     assert utils.load_g(nb.StreetClassifier(), replace(svhn, real=False), CPU)
 
 
@@ -128,7 +128,7 @@ def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch
         monkeypatch.setattr(utils, "BIGGAN_256_SHA256", utils.file_sha256(path))
 
     publish()
-    generator, why_not = utils.load_biggan("auto", "full", CPU)
+    generator, why_not = utils.best_generator("auto", "full", CPU)
     assert (generator.name, why_not) == ("biggan-deep-256", "")
     assert (generator.size, generator.z_dim, len(generator.classes)) == (256, 128, 1000)
     assert generator.classes[980] == "volcano"
@@ -136,37 +136,39 @@ def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch
     state["extra"] = state.pop("embeddings.weight")
     publish()
     with pytest.raises(RuntimeError, match=r"embeddings.weight(.|\n)*extra"):
-        utils.load_biggan("biggan-deep-256", "full", CPU)
+        utils.best_generator("biggan-deep-256", "full", CPU)
 
 
-def test_a_full_run_without_network_falls_back_to_the_digit_model_and_says_why(monkeypatch):
-    monkeypatch.setattr(utils, "BIGGAN_256", NOWHERE)
+def test_a_full_run_without_downloads_falls_back_to_the_digit_model_and_says_why(monkeypatch):
+    monkeypatch.setattr(utils, "BIGGAN_256_URL", NOWHERE)
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    generator, why_not = utils.load_biggan("auto", "full", CPU)
+    generator, why_not = utils.best_generator("auto", "full", CPU)
     assert (generator.name, generator.size) == ("biggan-digits-32", 32)
     assert generator.classes == [f"{kind} {d}" for kind in ("SVHN", "MNIST") for d in range(10)]
     assert not generator.model.training
     failed = "biggan-deep-256.bin could not be downloaded; biggan-deep-128 could not be downloaded"
     assert why_not == failed
     with pytest.raises(utils.DataError, match="osanseviero/BigGAN-deep-128/resolve"):
-        utils.load_biggan("biggan-deep-128", "full", CPU)  # one asked for by name is not replaced
+        utils.best_generator(
+            "biggan-deep-128", "full", CPU
+        )  # one asked for by name is not replaced
 
 
 @pytest.mark.parametrize(("profile", "data"), [("short", "auto"), ("full", "embedded")])
 def test_short_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monkeypatch):
     monkeypatch.setenv("A3_DATA", data)
-    generator, why_not = utils.load_biggan("auto", profile, CPU)
+    generator, why_not = utils.best_generator("auto", profile, CPU)
     assert generator.name == "biggan-digits-32"
     assert why_not == "only a full run on real data downloads BigGAN-deep"
 
 
-def test_a_lone_notebook_without_network_has_no_generator(monkeypatch, tmp_path):
+def test_a_lone_notebook_without_downloads_has_no_generator(monkeypatch, tmp_path):
     monkeypatch.setattr(utils, "OFFLINE", tmp_path / "nowhere")
-    generator, why_not = utils.load_biggan("auto", "short", CPU)
+    generator, why_not = utils.best_generator("auto", "short", CPU)
     assert generator is None
     assert why_not.endswith("needs the whole project, with its folder offline/")
 
 
 def test_an_unknown_name_lists_the_valid_ones():
     with pytest.raises(ValueError, match="digits, biggan-deep-256 or biggan-deep-128"):
-        utils.load_biggan("biggan-512", "full", CPU)
+        utils.best_generator("biggan-512", "full", CPU)

@@ -18,7 +18,7 @@ time: its ratio is then too low, never too high. Now the starter pools behind th
 out.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
-their length is found with the test images: the first number in PASSES after which the test
+their length is found with the test images: the first one in SHORT_EPOCHS after which the test
 accuracy is above the starter's.
 """
 
@@ -49,7 +49,8 @@ notebook.device = CPU  # where its Loader puts the images: the bench uses no GPU
 RESULTS = Path(__file__).with_name("bench.json")
 BATCH, EPOCHS = 128, 20  # of the starter
 SEEDS = (0, 1, 2)  # of ours
-PASSES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # over the training images
+# Of ours: the lengths that are tried; half an epoch sees half of the training images.
+SHORT_EPOCHS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 BENCH_START = "<!-- bench: made by `make bench` -->"
 BENCH_END = "<!-- end of bench -->"
 TIMED_IMAGES = 6_000  # of the starter's epoch, where its time is extrapolated
@@ -65,7 +66,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class ShortRecipe:
-    """What may be chosen in a training of few passes over the training images."""
+    """What may be chosen in a training of few epochs."""
 
     side: int = 22  # images are resampled to side x side, mean 0 and deviation 1
     grow: bool = False  # the first 30 % have images 6 pixels smaller
@@ -129,9 +130,9 @@ def starter_network() -> nn.Sequential:
     )
 
 
-def starter_training(train: utils.Split, epochs: int, seed: int = 0) -> nn.Module:
+def starter_training(train: utils.Split, epochs: int) -> nn.Module:
     """The model that the starter's way gives."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = starter_network()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loader = torch.utils.data.DataLoader(ImageDataset(train), batch_size=BATCH, shuffle=True)
@@ -209,11 +210,11 @@ def in_gray(split: utils.Split) -> utils.Split:
     return notebook.gray(split) if split.images.shape[1] == 3 else split
 
 
-def short_training(train: utils.Split, recipe: ShortRecipe, passes: float, seed: int) -> nn.Module:
+def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed: int) -> nn.Module:
     """The model that a short recipe gives. SVHN is made gray here, so that it is timed."""
     torch.manual_seed(seed)
     train = in_gray(train)
-    steps = max(1, round(passes * len(train) / recipe.batch_size))
+    steps = max(1, round(epochs * len(train) / recipe.batch_size))
     looks = notebook.Recipe(side=recipe.side, grow=recipe.grow, warp=recipe.warp)
     plan = utils.Plan("short", epochs=1, steps=steps, seed=seed)
     loader = notebook.Loader(train, looks, recipe.batch_size, plan)
@@ -266,31 +267,31 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
 
 
 def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[str, Any]:
-    """The fewest passes whose median test accuracy is above `goal`, with seconds and accuracies.
+    """The fewest epochs whose median test accuracy is above `goal`, with seconds and accuracies.
 
-    Raises RuntimeError where no number in PASSES is enough.
+    Raises RuntimeError where no number in SHORT_EPOCHS is enough.
     """
     recipe = SHORT[data.name]
     short_training(data.train.first(2_000), recipe, 1.0, seed=0)  # what is loaded once: not timed
-    for passes in PASSES:
+    for epochs in SHORT_EPOCHS:
         seconds, accuracies = [], []
         for seed in SEEDS:
-            training = partial(short_training, data.train, recipe, passes, seed)
+            training = partial(short_training, data.train, recipe, epochs, seed)
             model, taken = timed(training)
             seconds.append(taken)
             accuracies.append(utils.percent_right(model, test, CPU))
         middle = statistics.median(accuracies)
-        print(f"{data.name}, {passes} epochs: {middle:.2f} % in {statistics.median(seconds):.1f} s")
+        print(f"{data.name}, {epochs} epochs: {middle:.2f} % in {statistics.median(seconds):.1f} s")
         if middle > goal:
             return {
-                "epochs": passes,
+                "epochs": epochs,
                 "seconds": statistics.median(seconds),
                 "test_acc": middle,
                 "seconds_per_seed": seconds,
                 "test_acc_per_seed": accuracies,
                 "recipe": asdict(recipe),
             }
-    raise RuntimeError(f"{data.name}: {PASSES[-1]} epochs do not reach {goal:.2f} %.")
+    raise RuntimeError(f"{data.name}: {SHORT_EPOCHS[-1]} epochs do not reach {goal:.2f} %.")
 
 
 def arithmetic() -> str:
@@ -382,7 +383,7 @@ def with_table(readme: str, records: list[dict[str, Any]]) -> str:
 def save(records: list[dict[str, Any]]) -> None:
     """Write bench.json and the README's table."""
     text = json.dumps(records, indent=1) + "\n"
-    utils.write_atomically(RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
+    utils.write_atomically(RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 

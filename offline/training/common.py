@@ -25,10 +25,10 @@ def round_and_save(model: nn.Module, path: Path) -> str:
         rounded = value.half() if value.is_floating_point() else value
         half[name] = rounded.contiguous()
 
-    def write(part: Path) -> None:
+    def write(temporary: Path) -> None:
         # Given a path, torch.save writes its name into the file, and the temporary name is
         # another one in each process: the same weights would get another sha256.
-        with part.open("wb") as file:
+        with temporary.open("wb") as file:
             torch.save(half, file)
 
     utils.write_atomically(path, write)
@@ -36,6 +36,16 @@ def round_and_save(model: nn.Module, path: Path) -> str:
     return utils.file_sha256(path)
 
 
+def describe_size(data: utils.DigitData) -> str:
+    """'SVHN: 73,257 training and 6,000 of 26,032 test images'."""
+    parts = {}
+    for part, split in (("train", data.train), ("test", data.test)):
+        parts[part] = f"{len(split):,}"
+        if data.real and len(split) != utils.SIZES[data.name][part]:
+            parts[part] += f" of {utils.SIZES[data.name][part]:,}"
+    return f"{data.name}: {parts['train']} training and {parts['test']} test images"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, all of it or nothing."""
-    utils.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    utils.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -44,7 +44,7 @@ from offline.digit_biggan import (
     conv_norm_relu,
     untrained_digit_biggan,
 )
-from offline.training.common import CPU, notebook, round_and_save, write_text
+from offline.training.common import CPU, describe_size, notebook, round_and_save, write_text
 
 CLASSES = len(DIGIT_CLASSES)
 # The classes of each data set, by its role in the notebook.
@@ -56,8 +56,9 @@ WIDTH = 32  # channels of the first layer, in the discriminator and in the guide
 LR_GENERATOR = 3e-4
 LR_DISCRIMINATOR = 6e-4
 BETAS = (0.0, 0.99)
-# Gain of the discriminator's score, until GAIN_STEP and from then on. It was raised because the
-# hinge loss stood at 1.7 (2 is that of a blind discriminator); after that it was 1.7 again.
+# Gain of the discriminator's score, until GAIN_STEP and from then on. In the run that made the
+# weights it was raised there, to no effect: the hinge loss was 1.7 before and soon after (2 is that
+# of a blind discriminator). It is kept so that the run can be repeated.
 FIRST_GAIN = 4.0
 LATER_GAIN = 12.0
 GAIN_STEP = 2100
@@ -74,6 +75,7 @@ CAS_IMAGES = 20_000
 CAS_EPOCHS = 10
 FRECHET_IMAGES = 2_000  # on each side of a Fréchet distance
 SEED = 0
+STATISTICS_SEED = 7  # of the noise that fills the batch-norm tables
 
 
 def noise(count: int, generator: torch.Generator, truncation: float = 1.0) -> Tensor:
@@ -296,7 +298,7 @@ class Trainer:
             "seconds": self.seconds,
             "log": self.log,
         }
-        utils.write_atomically(path, lambda part: torch.save(state, part))
+        utils.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint that `save` wrote."""
@@ -384,7 +386,7 @@ def save_snapshot(trainer: Trainer, runs: Path) -> None:
         "average": trainer.average.state_dict(),
     }
     path = runs / f"snapshot-{trainer.step:06d}.pt"
-    utils.write_atomically(path, lambda part: torch.save(states, part))
+    utils.write_atomically(path, lambda temporary: torch.save(states, temporary))
 
 
 def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
@@ -415,7 +417,7 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
 
 
 @torch.no_grad()
-def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 7) -> None:
+def standing_statistics(model: BigGAN, rows: range, per_class: int) -> None:
     """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
     The same noise directions serve every row, so the tables vary smoothly with the truncation.
@@ -423,13 +425,13 @@ def standing_statistics(model: BigGAN, rows: range, per_class: int, seed: int = 
     labels = torch.arange(CLASSES).repeat(per_class)
     model.train()
     for _ in range(20):  # the spectral norms' power iterations settle
-        z = noise(CLASSES, torch.Generator().manual_seed(seed))
+        z = noise(CLASSES, torch.Generator().manual_seed(STATISTICS_SEED))
         model(z, one_hot(labels[:CLASSES]), 1.0)
     model.eval()
     # Not norm.train(): the spectral norms inside would go on with their power iterations.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
     for row in rows:
-        z = noise(len(labels), torch.Generator().manual_seed(seed), row / 50)
+        z = noise(len(labels), torch.Generator().manual_seed(STATISTICS_SEED), row / 50)
         for norm in norms:
             norm.training = True
             norm.row = row
@@ -492,15 +494,13 @@ def quality(
     return result
 
 
-def train_and_test(
-    model: nn.Module, train: utils.Split, test: utils.Split, epochs: int, seed: int = 0
-) -> float:
+def train_and_test(model: nn.Module, train: utils.Split, test: utils.Split, epochs: int) -> float:
     """Accuracy in percent on `test` of `model` trained on `train` (both gray).
 
     AdamW with one cycle, label smoothing 0.1, batches of 128, small random affine changes.
     """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     model = model.train().to(memory_format=torch.channels_last)
     steps = epochs * math.ceil(len(train) / 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
@@ -519,10 +519,10 @@ def train_and_test(
     return utils.percent_right(model.eval(), test, CPU)
 
 
-def generated_split(model: BigGAN, role: str, count: int, seed: int = 23) -> utils.Split:
+def generated_split(model: BigGAN, role: str, count: int) -> utils.Split:
     """`count` generated images of one role at truncation 1, gray, labels 0 to 9."""
     digits = torch.arange(10).repeat(count // 10)
-    images = sample(model, digits + CLASSES_OF[role].start, 1.0, seed)
+    images = sample(model, digits + CLASSES_OF[role].start, 1.0, seed=23)
     rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return notebook.gray(utils.Split(rounded, digits))
 
@@ -630,6 +630,8 @@ def main() -> None:
     checkpoint = runs / "checkpoint.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
+        if trainer.step > steps:
+            raise SystemExit(f"{checkpoint} is at step {trainer.step} already: delete it first.")
         print(f"going on from step {trainer.step}", flush=True)
     train(trainer, train_images, steps, runs)
 
@@ -647,10 +649,10 @@ def main() -> None:
     parts = {"train": train_images, "test": test_images}
     reference, measures_of_real = reference_features(parts, classifier)
     print(json.dumps(measures_of_real), flush=True)
-    trained_on = [utils.describe_size(data) for data in (street, handwritten)]
+    trained_on = [describe_size(data) for data in (street, handwritten)]
     log: dict = {"settings": settings_record(trainer, trained_on)}
     log["real"] = measures_of_real
-    log["checkpoints"] = measure_snapshots(runs, classifier, reference)
+    log["snapshots"] = measure_snapshots(runs, classifier, reference)
     log |= save_final(trainer.average, classifier, reference)
     log["sha256_evaluation_classifier"] = sha256
     log["cas"] = classification_accuracy_scores(trainer.average, test_images)

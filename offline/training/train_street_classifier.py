@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import utils
-from offline.training.common import CPU, notebook, round_and_save, write_text
+from offline.training.common import CPU, describe_size, notebook, round_and_save, write_text
 
 TARGET = utils.OFFLINE / "weights" / "street_classifier.pt"
 AUGMENTATION = (  # in words, for the .json; `augmented` does it
@@ -39,6 +39,8 @@ DECAY = 0.5  # the share of the steps, at the end, in which the learning rate fa
 DROPOUT = 0.0  # the starter's 0.3 in every layer needs many more epochs
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 200  # steps
+ORDER_SEED = 0  # one random stream an epoch
+AUGMENTATION_SEED = 1  # one random stream a step
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -59,9 +61,9 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     """The batch of one step, the same in a resumed run; each epoch has its own order."""
     steps_an_epoch = len(split) // BATCH
     epoch, place = divmod(step, steps_an_epoch)
-    order = torch.randperm(len(split), generator=utils.epoch_generator(0, epoch))
+    order = torch.randperm(len(split), generator=utils.epoch_generator(ORDER_SEED, epoch))
     index = order[place * BATCH : (place + 1) * BATCH]
-    generator = utils.epoch_generator(1, step)  # another seed than the order's; new for each step
+    generator = utils.epoch_generator(AUGMENTATION_SEED, step)
     images = augmented(utils.to_float(split.images[index]), generator)
     return images.contiguous(memory_format=torch.channels_last), split.labels[index]
 
@@ -95,7 +97,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        utils.write_atomically(path, lambda part: torch.save(state, part))
+        utils.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint that `save` wrote."""
@@ -185,7 +187,7 @@ def main() -> None:
         accuracy[data.name] = round(utils.percent_right(model, data.test, CPU), 2)
     record = {
         "accuracy": accuracy,
-        "trained_on": utils.describe_size(street),
+        "trained_on": describe_size(street),
         "recipe": recipe(),
         "steps": steps,
         "epochs": round(steps * BATCH / len(street.train), 1),
