@@ -744,7 +744,7 @@ def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
     """
     candidates: dict[str, Callable[[nn.Module], None]] = {}
     if street.real:
-        candidates["the starter's published weights, svhn-f564f3d8.pth"] = load_published_g
+        candidates["the starter's published weights"] = load_published_g
     if OFFLINE.is_dir():
         ours = "this project's weights, offline/weights/street_classifier.pt"
         candidates[ours] = load_our_g
