@@ -71,7 +71,8 @@ CHOICES = {  # the first is the default
     "A3_DATA": ("auto", "real", "embedded"),
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
-OFFLINE = Path(__file__).resolve().parent / "offline"  # not there beside a lone notebook
+OFFLINE = Path(__file__).resolve().parent / "offline"
+# The folder is missing where the notebook stands alone: there it has written this file itself.
 
 
 def setting(name: str) -> str:
@@ -333,8 +334,10 @@ def wait_for_answer(url: str) -> None:
     # In a thread, as no time-out of a socket ends the wait for a name server. (Python's exit waits
     # for the thread, until the system gives the name server up.)
     pool = ThreadPoolExecutor(max_workers=1)
-    try:  # the longer time-out only ends the thread
-        pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT).result(TIMEOUT).close()
+    # Its own time-out, the longer one, only ends the thread.
+    answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
+    try:
+        answer.result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
         return  # the server is there; the download will say what is wrong
     except urllib.error.URLError as error:  # refused, unknown host, certificate
@@ -558,6 +561,7 @@ def real_svhn(part: str) -> Split:
     root = data_root()
     mat = f"{part}_32x32.mat"
     failures = []
+    # Into the last of these folders the mirror's download, below, puts its file.
     for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
         files = sorted(root.glob(pattern))
         if not files:
@@ -796,8 +800,10 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
         config.layers = config.layers[:5] + added + config.layers[5:]
         path = download_once([BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
     else:
-        source = hub_source(BIGGAN_128_MIRROR, "pytorch_model.bin", data_root() / name)
-        path = fetch_first(name, [source], "run again with an internet connection")
+        path = data_root() / name / "pytorch_model.bin"
+        if not path.exists():  # the hub's client gives only a whole file this name
+            source = hub_source(BIGGAN_128_MIRROR, path.name, path.parent)
+            fetch_first(name, [source], "run again with an internet connection")
     # load_weights checks all keys; the library's from_pretrained would accept any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
@@ -837,7 +843,7 @@ def best_generator(
 ) -> tuple[ImageGenerator | None, str]:
     """The best generator that can be had, and why no better one could ("" for the best).
 
-    'auto' tries BigGAN-deep (only in a full run that may download), then the digit BigGAN of
+    'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
     offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
     """
     if name != "auto":
@@ -846,7 +852,9 @@ def best_generator(
     reasons = []
     if profile != "full" or setting("A3_DATA") == "embedded":
         names = ["digits"]
-        reasons.append("only a full run on real data downloads BigGAN-deep")
+        reasons.append(
+            "BigGAN-deep is downloaded in a full run only, and not with A3_DATA=embedded"
+        )
     for candidate in names:
         try:
             return load_generator(candidate, device), "; ".join(reasons)
@@ -863,7 +871,7 @@ def best_generator(
 def epoch_seed(seed: int, epoch: int) -> int:
     """A seed for each (seed, epoch)."""
     mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return int.from_bytes(mixed[:7], "big")
+    return int.from_bytes(mixed[:7], "big")  # 56 bits: positive in any 64-bit seed
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -1039,8 +1047,9 @@ def fit(
 
     `model` is left in eval mode. A stored training goes on where it stopped.
 
-    train_epoch(training, batches, loss_fn) steps optimizer and scheduler for each batch and returns
-    means, 'loss' among them. loss_fn(model, batch) gives the loss and further metrics by name.
+    train_epoch(training, batches, loss_fn) puts the model into train mode, steps optimizer and
+    scheduler for each batch, and returns means, 'loss' among them. loss_fn(model, batch) gives the
+    loss and further metrics by name.
     batches(epoch) yields `plan.steps` batches, the same ones whenever it is asked for that epoch.
 
     The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
@@ -1192,8 +1201,9 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    inherited = vars(nn.Module())
-    attributes = {name: value for name, value in vars(part).items() if name not in inherited}
+    # What every module has: its training and weights, listed below, and hooks, which do not count.
+    of_every_module = vars(nn.Module())
+    attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [type(part), part.training, list(part.named_children()), weights, attributes]
 
@@ -1254,9 +1264,9 @@ def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
     if not name.startswith("__"):  # all plain names come from the text, but for abc's
         return name != "_abc_impl"
-    if not isinstance(member, FunctionType):
+    function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
+    if not isinstance(function, FunctionType):
         return False
-    function = inspect.unwrap(member)
     module = function.__globals__.get("__name__")
     return is_ours(module) and function.__code__.co_filename != "<string>"
 
@@ -1619,8 +1629,8 @@ class StageDisplay:
             return
         seconds_an_epoch = (now - self.timed_from) / timed
         before = self.timed_from - self.started
-        left = self.all_epochs - self.count_then
-        tell_time(self.title, before + left * seconds_an_epoch)
+        epochs_after = self.all_epochs - self.count_then  # all that end after timed_from
+        tell_time(self.title, before + epochs_after * seconds_an_epoch)
 
     def finish(self, trainings: int) -> None:
         """The stage has its results: compose the line that stays."""
@@ -1765,6 +1775,7 @@ def cell_text(value: object) -> str:
     """A table's cell: floats with two decimals, nothing for NaN, true minus signs."""
     if isinstance(value, float | np.floating):
         value = "" if math.isnan(value) else f"{value:.2f}"
+    # A hyphen that begins a number; those within words and ranges (1-2) stay.
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", str(value))
 
 
@@ -1831,7 +1842,7 @@ OUR_MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # three deep
 # A macro's definition in a formula, e.g. \newcommand{\R}{\mathbb{R}}.
 MACRO_DEFINITION = (
-    rf"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{{?\\\w+\}}?[^{{}}]*{BRACES}"
+    r"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{?\\\w+\}?[^{}]*" + BRACES
 )
 FORMULA_MARK = r"⟦formula (\d+)⟧"  # stands in HTML and Typst text where a formula will be
 
@@ -1926,7 +1937,8 @@ class TypstPDFExporter(HTMLExporter):
                 part.soup.insert(0, listing)
             body.append(part)
         mend_links([part.soup for part in body])
-        return [self.head(body), *body], [part for part in appendix if part.soup.pre]
+        head = self.head(body)  # takes the title out of the body
+        return [head, *body], [part for part in appendix if part.soup.pre]
 
     def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
@@ -2014,7 +2026,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def mark_formulas(self, html: str) -> str:
         """HTML of an output, with a mark in the place of each formula in dollars."""
-        formula = r"\$([^$<>]+)\$(?!\d)"
+        formula = r"\$([^$<>]+)\$(?!\d)"  # but not a price: $5 to $6
         return re.sub(formula, lambda found: self.mark_formula(unescape(found[1])), html)
 
     def head(self, body: list[Part]) -> Part:
@@ -2085,7 +2097,7 @@ class TypstPDFExporter(HTMLExporter):
         width = sum(0.5 * min(60, letters) + 0.9 for letters in columns)
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
-            table["typst:text:size"] = f"{size:.1f}pt"
+            table["typst:text:size"] = f"{size:.1f}pt"  # pandoc hands it on to Typst
             self.note(number, f"a table of {len(columns)} columns is set small, in {size:.1f} pt")
 
     # HTML to PDF
@@ -2116,13 +2128,14 @@ class TypstPDFExporter(HTMLExporter):
         numbered = []
         for number, tex in enumerate(sources):
             # Of a formula of macros alone a space is left, as pandoc takes $$$$ for no formula.
-            tex = re.sub(MACRO_DEFINITION, "", tex) or "~"
+            tex = re.sub(MACRO_DEFINITION, "", tex).strip() or "~"
             numbered.append(f"{number} $${tex}$$")  # the number tells pandoc's answers apart
         try:
             text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
         except RuntimeError:  # from a macro that never ends
             text = pandoc("\n\n".join([OUR_MACROS, *numbered]), "markdown+latex_macros")
         text = re.sub(r"\bsect\b", "inter", text.replace(".circle", ".o"))  # Typst's newer names
+        # An answer is a paragraph: 12 $ x + y $
         answers = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
         for number, formula in enumerate(self.formulas):
             # pandoc writes "||" for the bars of vmatrix and Vmatrix alike.
@@ -2183,7 +2196,11 @@ class TypstPDFExporter(HTMLExporter):
         """Note letters that no font has; Typst text that puts names in the place of symbols."""
         rules = ""
         for letters in dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem)):
-            number = next((part.cell_number for part in parts if letters in part.typst), 1)
+            number = 1
+            for part in parts:
+                if letters in part.typst + self.plain_text(part):
+                    number = part.cell_number
+                    break
             self.note(number, f"no font here has {letters}: install one")
             for letter in letters:
                 if unicodedata.category(letter) == "So":

@@ -421,9 +421,9 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
 
 
 def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
-    """Blurred and shrunk to `pixels` (n x 1 x 1) a side, in rows and columns 0 to pixels - 1.
+    """Blurred and shrunk to `pixels` a side, in rows and columns 0 to pixels - 1.
 
-    The rows and columns beyond repeat the last one.
+    pixels: n x 1 x 1, not whole numbers. The rows and columns beyond repeat the last one.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)

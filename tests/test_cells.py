@@ -230,6 +230,7 @@ def test_results_of_d_are_of_test_images(nb, tables):
         SMALL_STEPS=1,
         EPOCHS=1,
         small_chosen={},
+        small_validation={},
     )
     found = names["small_acc"]
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]

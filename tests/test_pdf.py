@@ -174,7 +174,8 @@ def test_a_formula_that_cannot_be_set_costs_no_other():
 
 
 def test_macros_reach_later_cells():
-    cells = [md(r"$\newcommand{\E}{\mathbb{E}}\def\half{\frac{1}{2}}$"), md(r"$\E[x] = \half$")]
+    definitions = r"$\newcommand{\E}{\mathbb{E}} \def\half{\frac{1}{2}}$"
+    cells = [md(definitions), md(r"$\E[x] = \half$")]
     pdf = export(*cells, md(r"$$\DeclareMathOperator{\tr}{tr} \tr A$$"))
     assert not pdf.notices and "E[x]" in pdf.text and "tr A" in pdf.text and "\\" not in pdf.text
 

@@ -139,6 +139,15 @@ def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch
         utils.best_generator("biggan-deep-256", "full", CPU)
 
 
+def test_a_stored_biggan_deep_128_needs_no_network(monkeypatch):
+    monkeypatch.setattr(biggan, "BigGANConfig", partial(biggan.BigGANConfig, channel_width=8))
+    monkeypatch.setattr(utils, "fetch_first", None)
+    path = utils.data_root() / "biggan-deep-128" / "pytorch_model.bin"
+    path.parent.mkdir(parents=True)
+    torch.save(biggan.BigGAN(biggan.BigGANConfig()).state_dict(), path)
+    assert utils.load_generator("biggan-deep-128", CPU).size == 128
+
+
 def test_a_full_run_without_downloads_falls_back_to_the_digit_model_and_says_why(monkeypatch):
     monkeypatch.setattr(utils, "BIGGAN_256_URL", NOWHERE)
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
@@ -159,7 +168,7 @@ def test_short_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monke
     monkeypatch.setenv("A3_DATA", data)
     generator, why_not = utils.best_generator("auto", profile, CPU)
     assert generator.name == "biggan-digits-32"
-    assert why_not == "only a full run on real data downloads BigGAN-deep"
+    assert why_not == "BigGAN-deep is downloaded in a full run only, and not with A3_DATA=embedded"
 
 
 def test_a_lone_notebook_without_downloads_has_no_generator(monkeypatch, tmp_path):

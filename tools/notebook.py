@@ -344,7 +344,8 @@ def run_notebook(output: Path) -> None:
     except nbclient.exceptions.CellExecutionError as error:
         raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
     finally:
-        # Not by nbclient, which does it after each cell and then loses its displays.
+        # Here and not by nbclient: it joins streams after each cell, and then no longer finds the
+        # displays that later cells change.
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
@@ -414,9 +415,9 @@ def publish(executed: Path) -> None:
     """Make an executed notebook the committed one, with its figures, results and README table.
 
     The text is the committed notebook's; its code must be that of the run. After a run one may
-    still correct text, comments and docstrings of utils.py, its PDF section (not the imports at its
-    top), and claims, which are then evaluated again from the run's results. Raises SystemExit with
-    every reason why a run cannot be published.
+    still correct Markdown cells; comments, docstrings and the PDF section of utils.py (not the
+    imports at its top); and claims, which are then evaluated again from the run's results. Raises
+    SystemExit with every reason why a run cannot be published.
     """
     figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
     for path in (executed, figures / "results.json"):

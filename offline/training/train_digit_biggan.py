@@ -147,7 +147,7 @@ class TrainableBatchNorm(BigGANBatchNorm):
 def initialize(model: BigGAN) -> None:
     """Random weights to begin with: orthogonal convolutions and linear layers."""
     for name, weight in model.named_parameters():
-        if name.endswith("weight_orig"):
+        if name.endswith("weight_orig"):  # as spectral norm names them
             nn.init.orthogonal_(weight)
     nn.init.normal_(model.embeddings.weight, std=0.7)
     nn.init.ones_(model.generator.bn.weight)
