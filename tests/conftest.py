@@ -46,8 +46,11 @@ def shared() -> Path:
     return SHARED
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def noise_split(utils, count=32, size=28, channels=1, seed=0):
     """Random images, labeled 0 to 9 in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, channels, size, size), generator=generator)
+    images = torch.randint(0, 256, (count, channels, size, size), generator=seeded(seed))
     return utils.Split(images.to(torch.uint8), torch.arange(count) % 10)

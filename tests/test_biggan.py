@@ -71,26 +71,6 @@ def test_noise_is_truncated_and_seeded(nb):
     assert not torch.equal(z, nb.truncated_noise(500, 32, 0.4, seed=2))
 
 
-def test_images_are_repeatable_and_each_depends_on_its_own_noise_alone(nb, gan):
-    z, c = nb.interpolate_classes(gan, ("SVHN 2", "MNIST 5"), 0.7, seed=5)
-    images = nb.generate(gan, z, c, 0.7)
-    assert images.shape == (10, 3, 32, 32)
-    assert images.abs().max() <= 1
-    assert torch.equal(images, nb.generate(gan, z, c, 0.7))
-    ends = [0, -1]
-    assert_close(images[ends], nb.generate(gan, z[ends], c[ends], 0.7), atol=1e-4, rtol=0)
-
-
-def test_large_images_are_drawn_in_rows_of_five(nb):
-    strips = {"slerp": torch.zeros(10, 3, 128, 128), "lerp": torch.zeros(10, 3, 128, 128)}
-    figure = nb.draw_strips(strips)
-    labels = [axis.get_title("left") for axis in figure.axes[::5]]
-    places = [axis.get_xlabel() for axis in figure.axes[::5]]
-    assert labels == ["slerp", "lerp", "slerp", "lerp"]
-    assert places == ["0.00", "0.00", "0.56", "0.56"]
-    nb.plt.close(figure)
-
-
 def test_class_accuracy_is_the_share_of_its_own_ten_classes(nb, gan):
     class AlwaysThirteen(nn.Module):
         def forward(self, images):

@@ -111,16 +111,6 @@ def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_har
     assert (loss, active, alone.z.grad.abs().sum()) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("semi_hard", [False, True])
-def test_no_step_of_the_embedding_waits_for_a_gpu(nb, semi_hard):
-    """On the device 'meta' there are shapes but no values: reading one is an error there."""
-    model = nb.JointEmbedding(nb.StreetClassifier(), True, True).to("meta")
-    labels = torch.zeros(8, device="meta").long()
-    batch = torch.empty(8, 1, 24, 24, device="meta"), labels, torch.empty(8, 256).to("meta"), labels
-    loss, _ = nb.embedding_loss(model, batch, semi_hard)
-    loss.backward()
-
-
 # ---- evaluation ----
 
 
