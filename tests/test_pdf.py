@@ -69,8 +69,6 @@ def export(*cells: dict, folder: Path = ROOT) -> Exported:
     return Exported(notebook(*cells), folder)
 
 
-# ---- Markdown and HTML ----
-
 MARKDOWN = {
     "inline $ x^2 + \\alpha $ here": "inline x2 + α here",
     "<div class='alert'>my own answer</div>\n\n<details><summary>Why?</summary>\n\nbecause of "
@@ -115,15 +113,16 @@ def test_what_cannot_be_shown_is_named():
 
 def test_images_of_every_kind_are_shown(tmp_path):
     (tmp_path / "a picture.png").write_bytes(png(61))
-    attached, in_line, output = [base64.b64encode(png(n)).decode() for n in (62, 63, 64)]
+    attached, in_line, one, other = [base64.b64encode(png(n)).decode() for n in (62, 63, 64, 65)]
     cells = [
         md("![](a%20picture.png)"),
         md("![](attachment:in.png)", attachments={"in.png": {"image/png": attached}}),
         md(f"<img src='data:a;base64,{in_line}'>"),
-        code("f()", shown({"image/png": output})),
+        code("f()", shown({"image/png": one}), shown({"image/png": other, "text/markdown": "it"})),
     ]
     pdf = export(*cells, folder=tmp_path)
-    assert not pdf.notices and pdf.images == 4
+    widths = [image.image.width for page in pdf.reader.pages for image in page.images]
+    assert not pdf.notices and sorted(widths) == [61, 62, 63, 64, 65]
 
 
 def test_letters_that_no_font_has_are_named():
@@ -134,8 +133,6 @@ def test_letters_that_no_font_has_are_named():
     if any("✅" in text for text in pdf.notices):  # else this machine has a font of emoji
         assert "[white heavy check mark] passed" in pdf.text
 
-
-# ---- Formulas ----
 
 FORMULAS = r"""
 \varepsilon \odot \oplus \otimes \cap \bigcap_i \setminus \approx \nabla \emptyset \sum_{i=1}^n
@@ -177,26 +174,6 @@ def test_macros_reach_later_cells():
     cells = [md(r"$\newcommand{\E}{\mathbb{E}}\def\half{\frac{1}{2}}$"), md(r"$\E[x] = \half$")]
     pdf = export(*cells, md(r"$$\DeclareMathOperator{\tr}{tr} \tr A$$"))
     assert not pdf.notices and "E[x]" in pdf.text and "tr A" in pdf.text and "\\" not in pdf.text
-
-
-def test_a_macro_without_end_costs_no_more_than_its_formulas():
-    pdf = export(md(r"kept $\newcommand{\loop}{\loop}\loop$"), md("$x^2$ too"))
-    assert "kept" in pdf.text and "x2 too" in pdf.text and len(pdf.notices) == 1
-
-
-def test_a_cell_that_cannot_be_set_is_shown_as_typed(monkeypatch):
-    original = utils.pandoc
-
-    def spoiled(text: str, from_format: str) -> str:
-        return original(text, from_format).replace("spoil", "#nosuchname")
-
-    monkeypatch.setattr(utils, "pandoc", spoiled)
-    pdf = export(md("before"), md(r"this will spoil $\text{loss}$ here"), md("after"))
-    assert r"before this will spoil $\text{loss}$ here after" in pdf.text
-    assert pdf.notices == ["cell 2: shown as source, as it cannot be set"]
-
-
-# ---- Outputs, and notebooks as found in the wild ----
 
 
 def test_outputs_are_shown_in_their_best_form():
@@ -253,43 +230,16 @@ def test_a_table_wider_than_the_page_is_set_smaller_and_named():
 def test_a_line_without_a_space_breaks_anywhere():
     line = "0123456789abcdef" * 40
     page = export(md(f"text {line}"), code(f'key = "{line}"', stream(line + "\n"))).reader.pages[0]
-    places = []
-
-    def visit(text, matrix, text_matrix, font, size):
-        if text.strip():
-            places.append(text_matrix[4] * matrix[0] + matrix[4])
-
-    lines = page.extract_text(visitor_text=visit).replace("\u200b", "").splitlines()
+    lines = page.extract_text().replace("\u200b", "").splitlines()
     assert max(map(len, lines)) < 140 and len(lines) > 12
-    assert min(places) >= 0 and max(places) < page.mediabox.width
-
-
-def test_missing_fields_and_a_byte_order_mark_cost_nothing():
-    outputs = [
-        {"output_type": "stream", "text": ["told"]},
-        {"output_type": "display_data"},
-        {"output_type": "display_data", "data": {"text/plain": ["seen"]}},
-        {"output_type": "error", "ename": "Err", "evalue": "why"},
-    ]
-    cells = [
-        {"cell_type": "markdown", "metadata": {"tags": None}, "source": ["kept ", "words"]},
-        {"cell_type": "code", "source": "x1", "metadata": {}},
-        {"cell_type": "raw", "source": "raw words", "metadata": {}},
-        code("y1", *outputs),
-    ]
-    text = Exported("\ufeff" + notebook(*cells)).text
-    assert all(w in text for w in ["kept words", "x1", "y1", "told", "seen", "why", "raw words"])
-
-
-# ---- Pages ----
 
 
 def test_head_body_and_appendix():
-    claims = {"Ours is better.": True, "It is fast": False}
+    claims = {"Ours is better.": True, "It is fast": False, "It is small": False}
     cells = [
         md("# My Title\nintroduction"),
         code(WHO),
-        md("## Question 1\nIt is **fast**."),
+        md("## Question 1\nIt is\n**fast**."),
         code("#@title Curves\nplot()", stream("curve output"), tags=("appendix",)),
         code("#@title Text\nmake_text()", stream("computed words"), tags=("hide-code",)),
         code("check()", shown({"text/plain": "judged"}, claims=claims), tags=("claims",)),
@@ -305,8 +255,8 @@ def test_head_body_and_appendix():
     assert found == sorted(found) and min(found) >= 0
     for words in ["@title", "make_text", "secret", "helper_module", "pip()", "export()", "NAME ="]:
         assert words not in pdf.text, words
-    failed = "cell 6: 1 of 2 claims do not hold: It is fast (in cell 3)"
-    assert pdf.all_notices == [failed]
+    fast = "cell 6: 2 of 3 claims do not hold: It is fast (in cell 3)"
+    assert pdf.all_notices[0] == fast and "It is small" in pdf.all_notices[1]
 
 
 @pytest.mark.parametrize("source", [WHO.replace("Ada", ""), "NAME = '"])
@@ -314,9 +264,6 @@ def test_a_missing_name_is_named(source):
     pdf = export(md("a"), code(source, tags=("submission",)))
     assert "Name: empty" in pdf.text and source not in pdf.text
     assert pdf.all_notices[0].startswith("cell 2: the name cell lacks NAME")
-
-
-# ---- Which notebook, and where to ----
 
 
 def save(path: Path, words: str) -> Path:
@@ -336,7 +283,7 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "name cell lacks" in told and str(one.with_suffix(".pdf")) in told
     copy = save(tmp_path / "my copy.ipynb", "words of the copy")
-    with pytest.raises(FileNotFoundError, match=r"'assignment3\.ipynb', 'my copy\.ipynb'"):
+    with pytest.raises(FileNotFoundError, match="my copy"):
         utils.export_pdf()
     monkeypatch.setenv("JPY_SESSION_NAME", str(copy))
     utils.export_pdf()
@@ -348,19 +295,15 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "answers", "exported"),
+    ("kernel", "exported"),
     [
-        ("google.colab._shell", True, "words in Colab"),
-        ("google.colab._shell", False, "words of the file"),
-        ("ipykernel.zmqshell", True, "words of the file"),  # google.colab is installed elsewhere
+        ("google.colab._shell", "words in Colab"),
+        ("ipykernel.zmqshell", "words of the file"),  # google.colab is installed elsewhere
     ],
 )
-def test_only_colab_is_asked_for_the_open_notebook(
-    kernel, answers, exported, tmp_path, monkeypatch
-):
+def test_only_colab_is_asked_for_the_open_notebook(kernel, exported, tmp_path, monkeypatch):
     nb = json.loads(notebook(md("words in Colab"))) | {"metadata": {"colab": {"name": "one.ipynb"}}}
-    answer = {"ipynb": nb} if answers else None
-    message = types.SimpleNamespace(blocking_request=lambda *_, **__: answer)
+    message = types.SimpleNamespace(blocking_request=lambda *_, **__: {"ipynb": nb})
     monkeypatch.setitem(sys.modules, "google.colab._message", message)
     monkeypatch.setattr(utils, "get_ipython", type("Shell", (), {"__module__": kernel}))
     monkeypatch.chdir(tmp_path)
@@ -368,16 +311,6 @@ def test_only_colab_is_asked_for_the_open_notebook(
     save(tmp_path / "one.ipynb", "words of the file")
     utils.export_pdf()  # and a browser that takes no PDF is no error
     assert exported in text_of(tmp_path / "one.pdf")
-
-
-@pytest.mark.parametrize("package", ["typst", "no-such-package"])
-def test_a_package_too_old_or_missing_is_named(monkeypatch, package):
-    monkeypatch.setattr(utils, "NEEDED_VERSIONS", {package: "99"})
-    with pytest.raises(ImportError, match=f"{package} 99 or newer, found: "):
-        export(md("a"))
-
-
-# ---- The committed notebook ----
 
 
 def letters(text: str) -> str:
@@ -408,33 +341,8 @@ def test_every_heading_caption_and_number_of_the_notebook_is_in_its_pdf():
     assert not pdf.notices
 
 
-def test_every_failed_claim_is_named():
-    claims = {"A is so": False, "B is so": True, "C is so": False}
-    pdf = export(code("check()", shown({"text/plain": "judged"}, claims=claims)))
-    assert [text.rpartition(": ")[2] for text in pdf.notices] == ["A is so", "C is so"]
-
-
-def test_a_failed_claim_is_found_across_a_line_break():
-    claims = code("check()", shown({"text/plain": "judged"}, claims={"It is fast": False}))
-    pdf = export(md("It is\n**fast**."), claims)
-    assert pdf.notices == ["cell 2: 1 of 1 claims do not hold: It is fast (in cell 1)"]
-
-
-def test_a_display_with_words_and_an_image_shows_the_image():
-    both = {"text/markdown": "words", "image/png": base64.b64encode(png()).decode()}
-    assert export(code("f()", shown(both))).images == 1
-
-
 def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
     lines = "\n".join(f"line_{n} = {n}" for n in range(14))
     cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
     for page in export(*cells).pages:
         assert not re.search(r"Heading \d+ \d+ / \d+$", page)
-
-
-def test_two_images_of_one_cell_are_both_shown():
-    narrow, wide = (base64.b64encode(png(width)).decode() for width in (60, 90))
-    outputs = [shown({"image/png": image}) for image in (narrow, wide)]
-    pages = export(code("f()", *outputs)).reader.pages
-    widths = [image.image.width for page in pages for image in page.images]
-    assert sorted(widths) == [60, 90]
