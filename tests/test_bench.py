@@ -48,13 +48,6 @@ def test_every_weight_has_one_optimizer(bench):
     assert sorted(ids) == sorted(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize("other", [{"machine": "b"}, {"arithmetic": "bf16"}, {"threads": 1}])
-def test_a_run_replaces_the_record_of_its_kind_alone(bench, other):
-    old, beside, new = run_record(seconds_are="extrapolated"), run_record(**other), run_record()
-    assert bench.with_record([old], beside) == [old, beside]
-    assert bench.with_record([old, beside], new) == [new, beside]
-
-
 def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
     split = noise_split(utils, 64)
     mnist = utils.DigitData("MNIST", split, split, real=True)

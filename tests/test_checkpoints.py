@@ -22,20 +22,16 @@ import utils
 STUDENT = """
 from dataclasses import dataclass
 from functools import partial
-
 import torch
 from torch import nn
-
 import utils
 
 SHIFT = 0.5
 SCALES = {"images": [1.0, 2.0]}
 
-
 @dataclass(frozen=True)
 class Recipe:
     smoothing: float = 0.1
-
 
 class Net(nn.Module):
     def __init__(self, scale=2.0):
@@ -46,7 +42,6 @@ class Net(nn.Module):
     def forward(self, x):
         return self.scale * self.layers(x)
 
-
 class Loader:
     def __init__(self, images, augment):
         self.images, self.augment = images, augment
@@ -56,23 +51,18 @@ class Loader:
         for step in range(steps):
             yield self.augment(self.images, utils.epoch_generator(0, number))
 
-
 def add_noise(images, generator):
     return images + SHIFT * torch.randn(images.shape, generator=generator)
-
 
 def square(x):
     return x * x
 
-
 def loss_fn(model, batch, smoothing):
     return square(model(batch)).mean() * SCALES["images"][1] + smoothing, {}
-
 
 def train_epoch(training, batches, loss_fn):
     for batch in batches:
         loss_fn(training.model, batch)[0].backward()
-
 
 def parts():
     torch.manual_seed(0)

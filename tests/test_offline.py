@@ -84,6 +84,7 @@ def test_labels_are_those_of_the_digits_shown(crops, nb):
 def test_the_stand_in_is_rendered_once_and_again_after_a_change(monkeypatch):
     monkeypatch.setenv("A3_PROFILE", "tiny")
     first = utils.load_svhn()
+    assert not torch.equal(first.test.images[0], first.train.images[0])
     with monkeypatch.context() as patched:
         patched.setattr(street_numbers, "render_street_numbers", lambda *_: pytest.fail("again"))
         assert torch.equal(utils.load_svhn().train.images, first.train.images)

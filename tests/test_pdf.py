@@ -12,6 +12,8 @@ from unicodedata import normalize
 import nbformat
 import pypdf
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_markdown_cell as md
 from PIL import Image
 
 import utils
@@ -27,25 +29,21 @@ def png(width: int = 60) -> bytes:
     return file.getvalue()
 
 
-def md(source: str, *tags: str, **fields) -> dict:
-    return {"cell_type": "markdown", "metadata": {"tags": list(tags)}, "source": source} | fields
-
-
 def code(source: str, *outputs: dict, tags: tuple = ()) -> dict:
-    cell = {"cell_type": "code", "metadata": {"tags": list(tags)}, "execution_count": 1}
-    return cell | {"source": source, "outputs": list(outputs)}
+    about = {"tags": list(tags)}
+    return new_code_cell(source, outputs=list(outputs), metadata=about, execution_count=1)
 
 
 def shown(data: dict, **about) -> dict:
-    return {"output_type": "display_data", "data": data, "metadata": about}
+    return new_output("display_data", data, metadata=about)
 
 
 def stream(text: str, name: str = "stdout") -> dict:
-    return {"output_type": "stream", "name": name, "text": text}
+    return new_output("stream", text=text, name=name)
 
 
 def notebook(*cells: dict) -> str:
-    return json.dumps({"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": list(cells)})
+    return nbformat.writes(new_notebook(cells=list(cells)))
 
 
 class Exported:
@@ -106,9 +104,16 @@ def test_what_cannot_be_shown_is_named():
         "![words](attachment:gone.png)",
         "<iframe src='words'></iframe>",
     ]
-    pdf = export(*[md(f"kept{n} {source} too") for n, source in enumerate(sources)])
-    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 5)]
-    assert all(f"kept{n}" in pdf.text for n in range(4)) and pdf.text.count("too") == 4
+    interactive = [
+        {"application/vnd.plotly.v1+json": {}},
+        {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
+        {"text/html": "<div></div><script>plot()</script>"},
+    ]
+    cells = [md(f"kept {source} too") for source in sources]
+    pdf = export(*cells, *[code("f()", shown(data)) for data in interactive])
+    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 8)]
+    assert pdf.text.count("kept") == pdf.text.count("too") == 4
+    assert pdf.text.count("not shown here") == 3
 
 
 def test_images_of_every_kind_are_shown(tmp_path):
@@ -141,24 +146,20 @@ FORMULAS = r"""
 \left\|x\right\| \left.f\right|_{x=0} \|x\|_2 \boxed{x} \substack{a\\b} \% A^{\mathsf{T}}
 x\nonumber x\tag{1} x\label{eq:a} {\bf{x}} \rm{ReLU} {\cal{L}} a<b
 """
-MATRICES = ["pmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
+INSIDE = ["pmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
+WITHOUT_DOLLARS = ["align", "equation", "eqnarray"]
 
 
 def test_formulas_that_students_use_are_set():
-    inside = [rf"\begin{{{name}}} a & b \\ c & d \end{{{name}}}" for name in MATRICES]
+    inside = [rf"\begin{{{name}}} a & b \\ c & d \end{{{name}}}" for name in INSIDE]
+    bare = [rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}" for name in WITHOUT_DOLLARS]
     formulas = FORMULAS.split() + inside
     cells = [md(f"w{n} $ {f} $ and $${f}$$") for n, f in enumerate(formulas)]
+    cells += [md(f"So\n\n{f}\n") for f in bare] + [code("f()", shown({"text/latex": bare[0]}))]
     pdf = export(*cells)
-    assert pdf.notices == []
+    assert pdf.notices == [] and pdf.text.replace(" ", "").count("x=1+2") == 4
     assert all(f"w{n} " in pdf.text for n in range(len(formulas)))
     assert not re.search(r"\\[a-z]|rgb\(|DejaVu|sect|circle|⟦", pdf.text)
-
-
-@pytest.mark.parametrize("name", ["align", "equation", "eqnarray"])
-def test_an_environment_without_dollars_is_set(name):
-    bare = rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}"
-    pdf = export(md(f"The update is\n\n{bare}\n"), code("f()", shown({"text/latex": bare})))
-    assert pdf.text.count("x = 1 + 2") == 2 and not pdf.notices
 
 
 def test_a_formula_that_cannot_be_set_costs_no_other():
@@ -189,28 +190,15 @@ def test_outputs_are_shown_in_their_best_form():
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
         shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
         shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
-        {"output_type": "error", "ename": "E", "evalue": "e", "traceback": ["\x1b[1mTrace 99"]},
+        new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
     pdf = export(code("f()", *outputs))
-    there = (
-        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2|A ∩ B|Trace 99"
-    )
+    there = "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2|A ∩ B|Trace"
     for words in there.split("|"):
         assert words in pdf.text, words
     for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
         assert words not in pdf.text, words
     assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
-
-
-def test_interactive_outputs_are_named():
-    kinds = [
-        {"application/vnd.plotly.v1+json": {}},
-        {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
-        {"text/html": "<div></div><script>plot()</script>"},
-    ]
-    pdf = export(*[code("f()", shown(data)) for data in kinds])
-    assert pdf.text.count("not shown here") == 3
-    assert [text.partition(":")[0] for text in pdf.notices] == ["cell 1", "cell 2", "cell 3"]
 
 
 def test_a_table_longer_than_a_page_goes_on_on_the_next():
