@@ -234,11 +234,3 @@ def test_svhn_comes_from_the_mirror_though_cut_once(svhn, server):
     server.routes[train] = first_time(cut(whole), sends(whole))
     load_twice(svhn)
     assert [path for path in server.hits if path.startswith("/hub")] == [train, train, test]
-
-
-def test_a_wrong_file_on_the_mirror_is_not_used(svhn, server, tmp_path):
-    server.routes |= dict.fromkeys(OFFICIAL, not_found)
-    wrong = utils.Split(svhn[0].images, svhn[0].labels.clamp(max=8))
-    server.routes[MIRROR[0]] = as_parquet(tmp_path / "wrong.parquet", wrong).read_bytes()
-    with pytest.raises(utils.DataError, match="counts"):
-        utils.load_svhn()

@@ -35,9 +35,6 @@ def bars(count, channels, size, seed=0):
     return utils.Split(images.to(torch.uint8), labels)
 
 
-# ---- triplets ----
-
-
 @settings(max_examples=60, deadline=None)
 @given(anchors=LABELS, others=LABELS, semi_hard=st.booleans(), seed=st.integers(0, 99))
 def test_positives_share_the_anchors_digit_negatives_do_not_and_the_mask_tells_who_has_both(
@@ -77,9 +74,6 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
     assert len(positive.unique()) == 50  # drawn at random
 
 
-# ---- the loss ----
-
-
 @pytest.mark.parametrize("semi_hard", [False, True])
 def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb, semi_hard):
     x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
@@ -111,9 +105,6 @@ def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_har
     assert (loss, active, alone.z.grad.abs().sum()) == (0, 0, 0)
 
 
-# ---- evaluation ----
-
-
 def test_neighbors_are_those_of_scikit_learn(nb):
     x, y = embedded(nb, 2100, 1), embedded(nb, 300, 2)
     distances, indices = nb.nearest_neighbors(x.z, y.z, 5)
@@ -143,9 +134,6 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
         assert scores["all"][seed] == nb.top1(x, gallery)
 
 
-# ---- encoders ----
-
-
 @pytest.mark.parametrize(("small", "unit_sphere"), [(False, False), (True, True)])
 def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere):
     torch.manual_seed(0)
@@ -163,9 +151,6 @@ def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere
     handwritten = utils.predict(model, bars(12, 1, 28))
     assert handwritten.shape == z.shape == (12, 64)
     assert torch.allclose(handwritten.norm(dim=1), torch.ones(12), atol=1e-5) == unit_sphere
-
-
-# ---- training ----
 
 
 @pytest.fixture
@@ -232,11 +217,9 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
     assert moved == {name for name in after if not name.startswith("g.")}
 
 
-def test_g_has_no_dropout_no_new_statistics_and_no_gradients_in_training(nb):
+def test_g_has_no_dropout_and_no_gradients_in_training(nb):
     model = nb.JointEmbedding(nb.StreetClassifier(), False, False).train()
-    before = copy.deepcopy(model.g.state_dict())
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
-    assert all(torch.equal(value, before[name]) for name, value in model.g.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.g.parameters())
     assert all(part.training for part in model.f.modules())

@@ -64,9 +64,6 @@ def test_a_loader_augments_by_its_recipe_and_only_by_it(nb):
     assert torch.equal(augmented, nb.augment(plain, seeded(), recipe))
 
 
-# ---- what a training hands to utils.fit ----
-
-
 @pytest.fixture
 def handed(monkeypatch):
     """Calls a training function; returns its model, and the batches, loss_fn and plan for fit."""

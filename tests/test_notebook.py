@@ -6,7 +6,6 @@ one. Slow tests look at one run of the whole notebook.
 
 import ast
 import copy
-import inspect
 import json
 import math
 import os
@@ -145,19 +144,6 @@ def test_all_claims_hold_in_a_full_run_and_follow_from_its_results(committed, re
 def test_the_readme_shows_the_answers_of_the_run(committed, results):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.readme_with(tool.answers_table(committed), results) == readme
-
-
-def test_the_source_of_definitions_can_be_inspected(tmp_path):
-    """Without it, a checkpoint would not notice a change of their code."""
-    source = "def double(x):\n    return 2 * x\n"
-    cells = [
-        code_cell("# first", "definitions"),
-        code_cell("1 / 0"),
-        code_cell(source, "definitions"),
-    ]
-    nbformat.write(notebook_of(*cells), tmp_path / "small.ipynb")
-    small = tool.load_definitions(tmp_path / "small.ipynb")
-    assert small.double(4) == 8 and inspect.getsource(small.double) == source
 
 
 SOURCE = "SIGN = '±'\n" * 500

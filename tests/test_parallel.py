@@ -68,8 +68,6 @@ def test_in_this_process_order_threads_and_the_line_that_stays(monkeypatch, caps
     assert run({}, monkeypatch, jobs=1) == {}
 
 
-# ---- in a notebook ----
-
 CELLS = [
     f"""
 import os, sys
@@ -108,8 +106,6 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
         assert line.startswith("stage: 2 trainings in ")
         assert "stored" not in line
 
-
-# ---- how many at once ----
 
 GB = 10**9
 
