@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
+import utils
 from tools.notebook import load_definitions
 
 matplotlib.use("Agg")
@@ -50,7 +51,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def noise_split(utils, count=32, size=28, channels=1, seed=0):
+def noise_split(count=32, size=28, channels=1, seed=0):
     """Random images, labeled 0 to 9 in turn."""
     images = torch.randint(0, 256, (count, channels, size, size), generator=seeded(seed))
     return utils.Split(images.to(torch.uint8), torch.arange(count) % 10)

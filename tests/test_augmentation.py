@@ -26,7 +26,7 @@ def test_gray_has_the_rounded_itu_601_luma_of_each_image_and_its_label(nb):
 
 
 def test_padding_puts_zeros_around_the_middle_and_keeps_the_labels(nb):
-    split = noise_split(utils, 20, 28)
+    split = noise_split(20, 28)
     padded = nb.pad_to(split)
     assert torch.equal(padded.images, F.pad(split.images, (2, 2, 2, 2)))
     assert torch.equal(padded.labels, split.labels)
@@ -112,7 +112,7 @@ def test_the_baseline_is_the_suggestion_and_nothing_else_is_on(nb):
 def test_images_are_cropped_and_resampled_alike_in_training_and_in_use(nb):
     """Training images before the training, test images in the model: the same numbers."""
     recipe = nb.Recipe(side=24, crop_columns=0.25)
-    images = noise_split(utils, 2, 32).images
+    images = noise_split(2, 32).images
     images[..., :4], images[..., 28:] = 255, 255  # what is cut off
     resample = nb.preprocessing(recipe)[0].eval()
     in_use = resample(images.float())
@@ -136,7 +136,7 @@ def test_each_image_enters_with_mean_0_and_deviation_1(nb, mode):
 
 
 def test_images_are_smaller_and_antialiased_in_the_first_part_of_a_training(nb):
-    split = noise_split(utils, 1).take([0] * 8)
+    split = noise_split(1).take([0] * 8)
     loader = nb.Loader(split, nb.TUNED, 8, utils.Plan("x", epochs=2, steps=10))
     batches = [images for number in (0, 1) for images, _ in loader.epoch(number)]
     assert [images.shape[2] for images in batches] == 6 * [18] + 14 * [24]

@@ -49,7 +49,7 @@ def test_every_weight_has_one_optimizer(bench):
 
 
 def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
-    split = noise_split(utils, 64)
+    split = noise_split(64)
     mnist = utils.DigitData("MNIST", split, split, real=True)
     records = [run_record(machine="b"), run_record()]
     measured = bench.starter_for(mnist, records, bench.kind_of(records[1]))
@@ -76,7 +76,7 @@ def test_muon_moves_against_the_gradient_and_decays_the_weight(bench):
 
 
 def test_a_short_training_makes_color_images_gray(bench):
-    images = noise_split(utils, 64, channels=3)
+    images = noise_split(64, channels=3)
     model = bench.short_training(images, bench.ShortRecipe(side=18, batch_size=32), 2.0, seed=0)
     assert not model.training
     with torch.no_grad():

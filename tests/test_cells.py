@@ -44,7 +44,7 @@ def run_cell(nb, words, **names):
     return names
 
 
-DIGITS = utils.DigitData("MNIST", noise_split(utils, 40), noise_split(utils, 40), real=True)
+DIGITS = utils.DigitData("MNIST", noise_split(40), noise_split(40), real=True)
 
 
 class Guess(nn.Module):
@@ -93,7 +93,7 @@ def handed(monkeypatch):
 @pytest.fixture
 def tasks():
     """Two data sets whose test images are `marked`."""
-    trains = {"MNIST": shuffled(200), "SVHN": noise_split(utils, 250, seed=5)}
+    trains = {"MNIST": shuffled(200), "SVHN": noise_split(250, seed=5)}
     sets = [utils.DigitData(name, trains[name], marked(100), real=True) for name in trains]
     return dict(zip(("handwritten", "street"), sets, strict=True))
 
@@ -242,7 +242,7 @@ def test_the_reverse_way_asks_with_svhn_images(nb):
 
 def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     z, queries = torch.randn(300, 4, generator=seeded(0)), torch.randn(40, 4, generator=seeded(1))
-    pool, gallery = noise_split(utils, 300, 32, 3), torch.randperm(300, generator=seeded(2))[:100]
+    pool, gallery = noise_split(300, 32, 3), torch.randperm(300, generator=seeded(2))[:100]
     asked = nb.Digits(queries, DIGITS.test.labels)
     embedded = {"svhn pool": nb.Digits(z, pool.labels), "mnist test": asked}
     given = {"embedded": embedded, "gallery": gallery, "street_pool": pool, "mnist": DIGITS}

@@ -175,7 +175,7 @@ def idx(numbers):
 
 
 def test_each_file_of_mnist_is_fetched_once_and_a_damaged_one_replaced(server, monkeypatch):
-    train, test = noise_split(utils, 12), noise_split(utils, 5, seed=1)
+    train, test = noise_split(12), noise_split(5, seed=1)
     for part, split in (("train", train), ("t10k", test)):
         images, labels = idx(split.images[:, 0]), idx(split.labels)
         server.routes[f"/mnist/{part}-images-idx3-ubyte.gz"] = images

@@ -54,7 +54,7 @@ def test_order_is_random_the_same_again_and_another_in_each_pass_epoch_and_seed(
 
 
 def test_a_loader_augments_by_its_recipe_and_only_by_it(nb):
-    split, index = noise_split(utils, 40), torch.tensor([7, 3, 31])
+    split, index = noise_split(40), torch.tensor([7, 3, 31])
     plan = utils.Plan("x", epochs=2, steps=2)
     plain, labels = nb.Loader(split, nb.BASELINE, 8, plan).batch(index, seeded())
     assert torch.equal(plain, utils.to_float(split.images[index]))
@@ -124,7 +124,7 @@ def test_each_half_has_the_augmentation_of_its_own_recipe(nb, handed):
 
 
 def shuffled(count):
-    return noise_split(utils, count).take(np.random.RandomState(9).permutation(count))
+    return noise_split(count).take(np.random.RandomState(9).permutation(count))
 
 
 def test_a_subset_is_the_first_of_each_digit_in_the_seeds_permutation(nb):
@@ -154,7 +154,7 @@ def test_validation_images_are_not_trained_on_and_none_is_lost(nb, count, held):
 
 
 def test_few_samples_train_all_three_models_on_the_same_samples(nb):
-    splits = (shuffled(200), noise_split(utils, 300, seed=5))
+    splits = (shuffled(200), noise_split(300, seed=5))
     pair = [utils.DigitData("x", train, marked(40), real=False) for train in splits]
     recipes = (nb.TUNED, nb.STREET)
     plan = utils.Plan("few", epochs=3, steps=2, seed=4)
@@ -197,7 +197,7 @@ def test_the_cells_that_choose_read_no_test_images(step):
 
 
 def test_each_batch_has_random_changes_of_its_own(nb):
-    split = noise_split(utils, 1).take([0] * 64)
+    split = noise_split(1).take([0] * 64)
     recipe = nb.Recipe(warp=(10, 0.1, 0.1, 0.1))
     loader = nb.Loader(split, recipe, 64, utils.Plan("x", epochs=2, steps=2))
     batches = [images for number in (0, 1) for images, _ in loader.epoch(number)]

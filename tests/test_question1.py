@@ -108,7 +108,7 @@ def test_the_multi_task_loss_is_the_mean_of_both_each_with_its_own_smoothing(nb)
 
 
 def test_a_split_is_evaluated_as_a_whole(nb):
-    split = noise_split(utils, 515)  # more than a batch, and not a whole number of them
+    split = noise_split(515)  # more than a batch, and not a whole number of them
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     logits = model(split.images / 127.5 - 1)
     values = nb.evaluate_split(model, split)

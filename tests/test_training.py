@@ -139,7 +139,7 @@ def test_bad_settings_are_named(bad, word):
 
 
 def test_predict_keeps_the_order_and_leaves_the_model_in_eval_mode():
-    split = noise_split(utils, 50, size=8)
+    split = noise_split(50, size=8)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)).train()
     outputs = utils.predict(model, split, batch_size=7)
     assert not model.training
