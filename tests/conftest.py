@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import pytest
 import torch
 
@@ -45,6 +46,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")
     return SHARED
+
+
+def code_cell(source, *tags, outputs=(), count=None):
+    """A cell of a notebook; `count` tells when it was executed."""
+    about = {"metadata": {"tags": list(tags)}, "execution_count": count}
+    return nbformat.v4.new_code_cell(source, outputs=list(outputs), **about)
 
 
 def seeded(seed=0):

@@ -16,7 +16,7 @@ import sys
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, code_cell
 
 import utils
 from tools import notebook as tool
@@ -59,12 +59,6 @@ def cited(notebook):
 
 def notebook_of(*cells):
     return nbformat.v4.new_notebook(cells=list(cells))
-
-
-def code_cell(source, *tags, outputs=(), count=None):
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, execution_count=count)
-    cell.outputs = list(outputs)
-    return cell
 
 
 @pytest.mark.parametrize(
@@ -203,10 +197,8 @@ shell.__class__ = type("Shell", (type(shell),), {"__module__": "google.colab._sh
 """
 
 
-@pytest.fixture(scope="module")
-def colab_folder(tmp_path_factory):
-    """A folder where the notebook ran beside nothing but offline/, in a pretended Colab."""
-    folder = tmp_path_factory.mktemp("colab") / "été 1"
+def run_in_colab(folder):
+    """Run the notebook in a folder with nothing but offline/, in a pretended Colab."""
     (folder / "google" / "colab").mkdir(parents=True)
     for name, text in FAKE_COLAB.items():
         (folder / "google" / "colab" / name).write_text(text, encoding="utf-8")
@@ -229,26 +221,22 @@ def colab_folder(tmp_path_factory):
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return folder
+    return tool.read(folder / "assignment3.ipynb")
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_alone_in_colab(colab_folder):
-    done = tool.read(colab_folder / "assignment3.ipynb")
+def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
+    folder = tmp_path / "été 1"
+    done = run_in_colab(folder)
     assert [fault for fault in tool.output_faults(done) if "local name" not in fault] == []
     outputs = [output for cell in tool.code_cells(done) for output in cell.outputs]
     printed = "".join(text for output in outputs for text in tool.texts_of(output))
     assert "mounted" in printed and "offered" in printed and "\r" not in printed
-    assert (colab_folder / "utils.py").read_bytes() == (ROOT / "utils.py").read_bytes()
-    assert (colab_folder / "assignment3.pdf").read_bytes().startswith(b"%PDF")
+    assert (folder / "utils.py").read_bytes() == (ROOT / "utils.py").read_bytes()
+    assert (folder / "assignment3.pdf").read_bytes().startswith(b"%PDF")
     assert tool.answers_table(done)
-
-
-@pytest.mark.slow
-def test_a_run_keeps_trainings_figures_and_results_on_the_drive(colab_folder):
-    runs = colab_folder / "drive" / "assignment3" / "runs"
+    runs = folder / "drive" / "assignment3" / "runs"
     assert list(runs.rglob("*.pt"))
-    done = tool.read(colab_folder / "assignment3.ipynb")
     figures = [caption for caption in captions(done) if caption.startswith("Figure")]
     files = [path for path in (runs / "figures").iterdir() if path.suffix != ".json"]
     assert len(files) == len(figures)

@@ -107,32 +107,6 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
         assert "stored" not in line
 
 
-GB = 10**9
-
-
-def test_jobs_fit_into_the_memory_of_the_machine_and_of_a_group_around_ours(monkeypatch, tmp_path):
-    groups = "4:memory:/outer/inner\n1:cpu:/\n0::/outer/inner\n"
-    real = Path.read_text
-
-    def read_text(path, **options):
-        return groups if path == Path("/proc/self/cgroup") else real(path, **options)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(utils, "CGROUPS", tmp_path)
-    monkeypatch.setattr(utils, "available_cores", lambda: 8)
-    machine = type("Memory", (), {"available": 100 * GB})
-    monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: machine)
-    assert utils.free_memory() == 100 * GB
-    assert utils.n_jobs() == 8
-    group = tmp_path / "outer"
-    group.mkdir()
-    (group / "memory.max").write_text(str(4 * GB), encoding="utf-8")
-    (group / "memory.current").write_text(str(2 * GB), encoding="utf-8")  # 1 GB of it can go
-    (group / "memory.stat").write_text(f"anon 5\ninactive_file {GB}\n", encoding="utf-8")
-    assert utils.free_memory() == 3 * GB
-    assert utils.n_jobs() == 2
-
-
 def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
     monkeypatch.setattr(utils, "default_device", lambda: torch.device("cuda"))
     assert utils.n_jobs() == 1

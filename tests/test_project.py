@@ -5,6 +5,7 @@ import json
 import nbformat
 import pytest
 from conftest import ROOT
+from conftest import code_cell as code
 
 from tools import notebook as tool
 
@@ -24,12 +25,6 @@ def write_notebook(path, *cells):
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
     return path
-
-
-def code(source, tag=None, outputs=(), count=None):
-    cell = nbformat.v4.new_code_cell(source, execution_count=count, outputs=list(outputs))
-    cell.metadata = nbformat.from_dict({"tags": [tag]} if tag else {})
-    return cell
 
 
 def run_cells(project, *cells):
@@ -186,7 +181,7 @@ def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(pr
     assert "It took ten minutes" in table.outputs[0].text
 
 
-@pytest.mark.parametrize("tag", [None, "definitions", "appendix", "hide-code", "hide-pdf"])
+@pytest.mark.parametrize("tag", ["other", "definitions", "appendix", "hide-code", "hide-pdf"])
 def test_the_code_of_every_cell_but_the_claims_counts(tag):
     one, other = (nbformat.v4.new_notebook(cells=[code(text, tag)]) for text in ("f(1)", "f(2)"))
     assert tool.code_of(one) != tool.code_of(other)
