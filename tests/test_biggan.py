@@ -16,9 +16,6 @@ def gan() -> utils.ImageGenerator:
     return utils.load_generator("digits", CPU)
 
 
-# ---- interpolation ----
-
-
 @pytest.mark.parametrize("method", ["slerp", "lerp"])
 def test_interpolation_has_exact_ends_and_is_symmetric(nb, method):
     a, b = nb.truncated_noise(2, 32, 0.8, seed=3)
@@ -58,9 +55,6 @@ def test_class_weights_stay_a_mixture(nb, gan):
     assert (c >= 0).all()
     assert_close(c.sum(dim=1), torch.ones(10))
     assert (c[0].argmax(), c[-1].argmax()) == (1, 18)
-
-
-# ---- noise, classes, images ----
 
 
 def test_noise_is_truncated_and_seeded(nb):

@@ -11,8 +11,6 @@ import utils
 from offline import digit_biggan, small_digits, street_numbers
 from offline.training import train_digit_biggan, train_street_classifier
 
-LOOK = {"mean": [122.29, 121.86, 124.48], "std": [62.77, 61.65, 63.01], "contrast": 29.09}
-
 
 def record(name):
     return json.loads((digit_biggan.WEIGHTS / name).read_text(encoding="utf-8"))
@@ -26,9 +24,6 @@ def crops():
 @pytest.fixture(scope="module")
 def evaluator():
     return digit_biggan.load_evaluation_classifier()
-
-
-# ---- the stand-in for MNIST ----
 
 
 def test_small_digits_are_split_without_overlap_each_with_its_label():
@@ -45,9 +40,6 @@ def test_small_digits_are_split_without_overlap_each_with_its_label():
     assert (train_labels[nearest] == test_labels).float().mean() > 0.95
 
 
-# ---- the stand-in for SVHN ----
-
-
 def test_street_numbers_look_as_they_did(crops):
     """Statistics, as bytes depend on the versions of the libraries and on the processor."""
     images, labels = crops
@@ -55,10 +47,12 @@ def test_street_numbers_look_as_they_did(crops):
     assert labels[:12].tolist() == [1, 4, 7, 5, 6, 0, 2, 3, 8, 4, 9, 0]
     # A fair draw: 150 each, standard deviation 11.6; five of those either way.
     assert (torch.bincount(labels, minlength=10) - 150).abs().max() < 58
-    assert images.float().mean((0, 2, 3)).tolist() == pytest.approx(LOOK["mean"], abs=0.5)
-    assert images.float().std((0, 2, 3)).tolist() == pytest.approx(LOOK["std"], abs=0.5)
+    assert images.float().mean((0, 2, 3)).tolist() == pytest.approx(
+        [122.29, 121.86, 124.48], abs=0.5
+    )
+    assert images.float().std((0, 2, 3)).tolist() == pytest.approx([62.77, 61.65, 63.01], abs=0.5)
     contrast = images.float().mean(1).flatten(1).std(1)
-    assert contrast.median().item() == pytest.approx(LOOK["contrast"], abs=0.5)
+    assert contrast.median().item() == pytest.approx(29.09, abs=0.5)
     assert contrast.min() > 1  # every crop shows something
 
 
@@ -94,9 +88,6 @@ def test_the_stand_in_is_rendered_once_and_again_after_a_change(monkeypatch):
     assert len(utils.load_svhn().train) == 3
 
 
-# ---- the trained models ----
-
-
 def test_weights_are_those_of_their_records():
     log = record("digit_biggan_log.json")
     recorded = {
@@ -118,9 +109,6 @@ def test_generated_digits_are_recognized_as_often_as_recorded(evaluator, truncat
     final = record("digit_biggan_log.json")["final"][str(truncation)]
     recorded = (final["recognized_street"] + final["recognized_handwritten"]) / 2
     assert right == pytest.approx(recorded, abs=3)
-
-
-# ---- the scripts that trained them ----
 
 
 def test_frechet_distance_is_that_of_scipy_and_zero_to_itself():

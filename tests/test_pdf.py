@@ -131,12 +131,9 @@ def test_images_of_every_kind_are_shown(tmp_path):
 
 
 def test_letters_that_no_font_has_are_named():
-    cells = [md("a letter \U00030000"), code(WHO.replace("Ada", "\U00030001"))]
-    pdf = export(*cells, md("✅ passed"))
+    pdf = export(md("a letter \U00030000"), code(WHO.replace("Ada", "\U00030001")))
     assert "cell 1: no font here has \U00030000: install one" in pdf.notices
     assert "cell 2: no font here has \U00030001: install one" in pdf.notices
-    if any("✅" in text for text in pdf.notices):  # else this machine has a font of emoji
-        assert "[white heavy check mark] passed" in pdf.text
 
 
 FORMULAS = r"""
