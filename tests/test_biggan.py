@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import utils
+from offline import digit_biggan
 
 pytest.importorskip("pytorch_pretrained_biggan")
 CPU = torch.device("cpu")
@@ -75,7 +76,6 @@ def test_class_accuracy_is_the_share_of_its_own_ten_classes(nb, gan):
 
 
 def test_a_walk_between_two_classes_begins_and_ends_as_the_classifier_sees_them(nb, gan):
-    digit_biggan = pytest.importorskip("offline.digit_biggan")
     evaluator = digit_biggan.load_evaluation_classifier(CPU)
     seen = nb.classes_along(gan, evaluator, ("MNIST 4", "MNIST 9"), 5)
     assert seen.shape == (5, 10)

@@ -229,9 +229,15 @@ def test_a_stand_in_is_announced_and_never_called_mnist_or_svhn(small_svhn, monk
         assert "Connection refused" in told
 
 
-def test_real_stops_with_an_error_that_says_what_to_do(small_svhn):
+@pytest.mark.parametrize(
+    ("data", "offline", "says"),
+    [("real", utils.OFFLINE, "run again"), ("auto", Path("nowhere"), "folder offline/")],
+)
+def test_without_data_a_run_stops_and_says_what_to_do(small_svhn, monkeypatch, data, offline, says):
+    monkeypatch.setenv("A3_DATA", data)
+    monkeypatch.setattr(utils, "OFFLINE", offline)
     for load in (utils.load_mnist, utils.load_svhn):
-        with pytest.raises(utils.DataError, match=r"(?s)Connection refused.*What to do: run again"):
+        with pytest.raises(utils.DataError, match=f"(?s)Connection refused.*What to do.*{says}"):
             load()
 
 
@@ -254,11 +260,3 @@ def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch)
     assert same(data.train, small_svhn[0].first(7))
     assert same(data.test, small_svhn[1].first(3))
     assert utils.describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
-
-
-def test_a_lone_notebook_without_network_or_files_says_what_it_needs(small_svhn, monkeypatch):
-    monkeypatch.setenv("A3_DATA", "auto")
-    monkeypatch.setattr(utils, "OFFLINE", Path("nowhere"))
-    for load in (utils.load_mnist, utils.load_svhn):
-        with pytest.raises(utils.DataError, match=r"(?s)What to do: run again.*folder offline/"):
-            load()
