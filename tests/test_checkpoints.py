@@ -27,6 +27,7 @@ from torch import nn
 import utils
 
 SHIFT = 0.5
+EXPONENT = 2
 SCALES = {"images": [1.0, 2.0]}
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ chosen = first
 def add_noise(images, generator):
     return images + SHIFT * scale(torch.randn(images.shape, generator=generator))
 
-def power(x, exponent=2):
+def power(x, exponent=EXPONENT):
     return chosen(x) ** exponent
 
 def loss_fn(model, batch, smoothing):
@@ -116,7 +117,7 @@ def student_key(folder, text):
         ("SHIFT = 0.5", "SHIFT = 0.25"),  # a constant that it uses
         ("[1.0, 2.0]", "[1.0, 2.5]"),  # a constant within a dict
         ("chosen(x) ** exponent", "exponent ** chosen(x)"),  # a function that a called one calls
-        ("exponent=2", "exponent=3"),  # the value of a default
+        ("EXPONENT = 2", "EXPONENT = 3"),  # the value of a default
         ("times(3.0)", "times(4.0)"),  # a value that a function encloses
         ("chosen = first", "chosen = second"),  # another lambda of the same line
         ("return images + 0", "return images - 0"),  # an inherited method

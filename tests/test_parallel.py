@@ -1,4 +1,4 @@
-"""Trainings side by side: the same numbers, named errors, one line, and the memory."""
+"""Trainings side by side: the same numbers, named errors, one line."""
 
 import os
 import signal
