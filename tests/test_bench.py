@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, noise_split
+from conftest import ROOT, noise_split, seeded
 from torch import nn
 
 import utils
@@ -32,7 +32,7 @@ def test_the_starter_computes_what_the_notebooks_network_does(bench):
 
 
 def test_a_step_is_about_the_nearest_orthogonal_one(bench):
-    gradient = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(8, 4, 5, 5, generator=seeded())
     step = bench.orthogonal(gradient)
     assert step.shape == gradient.shape
     u, _, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
@@ -66,10 +66,10 @@ def test_the_readme_shows_the_first_record(bench):
 
 
 def test_muon_moves_against_the_gradient_and_decays_the_weight(bench):
-    weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=seeded(0)))
     before = weight.detach().clone()
     optimizer = bench.Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
-    weight.grad = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    weight.grad = torch.randn(4, 2, 3, 3, generator=seeded(1))
     optimizer.step()
     expected = before * (1 - 0.1 * 0.5) - 0.1 * bench.orthogonal(weight.grad)
     assert torch.allclose(weight, expected, atol=1e-6)

@@ -23,9 +23,8 @@ from tools import notebook as tool
 
 def source_of(words):
     cells = tool.code_cells(tool.read(tool.NOTEBOOK))
-    (source,) = [
-        c.source for c in cells if words in c.source and "helper-module" not in tool.tags(c)
-    ]
+    sources = [cell.source for cell in cells if "helper-module" not in tool.tags(cell)]
+    (source,) = [source for source in sources if words in source]
     return source
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
@@ -20,16 +21,15 @@ LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=25)
 
 def embedded(nb, count, seed, dimensions=8):
     """Random embeddings with random labels."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     z = torch.randn(count, dimensions, generator=generator)
     return nb.Digits(z, torch.randint(0, 10, (count,), generator=generator))
 
 
 def bars(count, channels, size, seed=0):
     """Noise with a bright bar whose place tells the digit: easy to learn."""
-    generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
-    images = torch.randint(0, 60, (count, channels, size, size), generator=generator)
+    images = torch.randint(0, 60, (count, channels, size, size), generator=seeded(seed))
     for image, digit in zip(images, labels.tolist(), strict=True):
         image[:, 2 + 2 * digit : 5 + 2 * digit] += 180
     return utils.Split(images.to(torch.uint8), labels)

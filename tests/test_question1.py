@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noise_split
+from conftest import noise_split, seeded
 from scipy import stats
 from torch import nn
 
@@ -17,7 +17,7 @@ ROLES = ("handwritten", "street")
 
 def patterns(count, seed):
     """Noisy images of ten fixed patterns, and their labels: easy to learn."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     known = torch.randint(0, 2, (10, 1, 18, 18), generator=generator) * 200
     noise = torch.randint(0, 56, (count, 1, 18, 18), generator=generator)
     labels = torch.arange(count) % 10
