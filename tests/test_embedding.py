@@ -158,7 +158,7 @@ def data(nb):
     """What an embedding is trained on; the features tell the digit."""
     labels = torch.arange(90) % 10
     street = nb.Digits(F.one_hot(labels, 256).float() * 3, labels)
-    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(40, 1, 28, 2), street)
+    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(140, 1, 28, 2), street)
 
 
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):

@@ -23,9 +23,9 @@ SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='80' height='40'><path d='M
 WHO = 'NAME = "Ada"  # @param {type:"string"}\nSTUDENT_NUMBER = 4000\nDISCUSSED_WITH = ["Bob"]'
 
 
-def png(width: int = 60) -> bytes:
+def png(width: int = 60, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("L", (width, 30)).save(file, "PNG")
+    Image.new("L", (width, 30)).save(file, kind)
     return file.getvalue()
 
 
@@ -124,10 +124,11 @@ def test_images_of_every_kind_are_shown(tmp_path):
         md("![](attachment:in.png)", attachments={"in.png": {"image/png": attached}}),
         md(f"<img src='data:a;base64,{in_line}'>"),
         code("f()", shown({"image/png": one}), shown({"image/png": other, "text/markdown": "it"})),
+        code("f()", shown({"image/jpeg": base64.b64encode(png(66, "JPEG")).decode()})),
     ]
     pdf = export(*cells, folder=tmp_path)
     widths = [image.image.width for page in pdf.reader.pages for image in page.images]
-    assert not pdf.notices and sorted(widths) == [61, 62, 63, 64, 65]
+    assert not pdf.notices and sorted(widths) == [61, 62, 63, 64, 65, 66]
 
 
 def test_letters_that_no_font_has_are_named():
@@ -183,14 +184,16 @@ def test_outputs_are_shown_in_their_best_form():
         stream("\x1b[31mred\x1b[0m words\n"),
         shown({"text/markdown": "| data |\n|---|\n| 98.76 |"}),
         shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
-        shown({"text/html": "<b>html words</b> $x^2$"}),
+        shown({"text/html": "<b>html words</b> $x^2 &lt; y$"}),
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
         shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
         shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
         new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
     pdf = export(code("f()", *outputs))
-    there = "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2|A ∩ B|Trace"
+    there = (
+        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2 < y|A ∩ B|Trace"
+    )
     for words in there.split("|"):
         assert words in pdf.text, words
     for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
