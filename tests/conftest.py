@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
+import utils
 from tools.notebook import load_definitions
 
 matplotlib.use("Agg")
@@ -46,8 +48,17 @@ def shared() -> Path:
     return SHARED
 
 
-def noise_split(utils, count=32, size=28, channels=1, seed=0):
+def code_cell(source, *tags, outputs=(), count=None):
+    """A cell of a notebook; `count` tells when it was executed."""
+    about = {"metadata": {"tags": list(tags)}, "execution_count": count}
+    return nbformat.v4.new_code_cell(source, outputs=list(outputs), **about)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_split(count=32, size=28, channels=1, seed=0):
     """Random images, labeled 0 to 9 in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, channels, size, size), generator=generator)
+    images = torch.randint(0, 256, (count, channels, size, size), generator=seeded(seed))
     return utils.Split(images.to(torch.uint8), torch.arange(count) % 10)

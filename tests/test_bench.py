@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, noise_split
+from conftest import ROOT, noise_split, seeded
 from torch import nn
 
 import utils
@@ -22,18 +22,13 @@ def run_record(machine="a", arithmetic="fp32, AVX2", threads=2, seconds_are="mea
     return {"machine": machine, "arithmetic": arithmetic, "threads": threads, "data": data}
 
 
-@pytest.fixture
-def mnist():
-    return utils.DigitData("MNIST", noise_split(utils, 64), noise_split(utils, 64), real=True)
-
-
 def test_the_network_has_the_starters_layer_order(bench):
     kinds = [type(layer) for layer in bench.notebook.base_trunk()[:4]]
     assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
 
 
 def test_a_step_is_about_the_nearest_orthogonal_one(bench):
-    gradient = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(8, 4, 5, 5, generator=seeded())
     step = bench.orthogonal(gradient)
     assert step.shape == gradient.shape
     u, _, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
@@ -49,33 +44,15 @@ def test_every_weight_has_one_optimizer(bench):
     assert sorted(ids) == sorted(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize(
-    "other", [{"machine": "b"}, {"arithmetic": "bf16, AVX512"}, {"threads": 1}]
-)
-def test_a_run_replaces_the_record_of_its_kind_alone(bench, other):
-    old, beside, new = run_record(seconds_are="extrapolated"), run_record(**other), run_record()
-    assert bench.with_record([old], beside) == [old, beside]
-    assert bench.with_record([old, beside], new) == [new, beside]
-
-
-def test_a_measured_starter_stays_on_its_own_kind(bench, mnist, monkeypatch):
-    monkeypatch.delattr(bench, "starter_training")  # nothing is timed
-    record = run_record()
-    found = bench.starter_for(mnist, [run_record(machine="b"), record], bench.kind_of(record))
-    assert found is record["data"]["MNIST"]["starter"]
-
-
-def test_a_starter_of_another_kind_gives_its_accuracy_only(bench, mnist):
-    kind = bench.kind_of(run_record(threads=1))
-    estimate = bench.starter_for(mnist, [run_record()], kind)
+def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
+    split = noise_split(64)
+    mnist = utils.DigitData("MNIST", split, split, real=True)
+    records = [run_record(machine="b"), run_record()]
+    measured = bench.starter_for(mnist, records, bench.kind_of(records[1]))
+    assert measured is records[1]["data"]["MNIST"]["starter"]
+    estimate = bench.starter_for(mnist, records, bench.kind_of(run_record(threads=1)))
     assert estimate["test_acc"] == 99.3
     assert estimate["seconds"] != 900.0 and estimate["seconds_are"] == "extrapolated"
-
-
-def test_estimates_alone_ask_for_the_whole_starter(bench, mnist):
-    estimate = run_record(seconds_are="extrapolated")
-    with pytest.raises(SystemExit, match="--full"):
-        bench.starter_for(mnist, [estimate], bench.kind_of(estimate))
 
 
 def test_the_readme_shows_the_first_record(bench):
@@ -85,17 +62,17 @@ def test_the_readme_shows_the_first_record(bench):
 
 
 def test_muon_moves_against_the_gradient_and_decays_the_weight(bench):
-    weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=seeded(0)))
     before = weight.detach().clone()
     optimizer = bench.Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
-    weight.grad = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    weight.grad = torch.randn(4, 2, 3, 3, generator=seeded(1))
     optimizer.step()
     expected = before * (1 - 0.1 * 0.5) - 0.1 * bench.orthogonal(weight.grad)
     assert torch.allclose(weight, expected, atol=1e-6)
 
 
-def test_a_short_training_makes_color_images_gray_and_learns(bench):
-    images = noise_split(utils, 64, channels=3)
+def test_a_short_training_makes_color_images_gray(bench):
+    images = noise_split(64, channels=3)
     model = bench.short_training(images, bench.ShortRecipe(side=18, batch_size=32), 2.0, seed=0)
     assert not model.training
     with torch.no_grad():

@@ -4,7 +4,6 @@ import ast
 import json
 import math
 import time
-import types
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, noise_split
+from conftest import ROOT, noise_split, seeded
 from test_biggan import DRAWS
 from test_loaders import marked, marks, rows, shuffled
 from torch import nn
@@ -24,17 +23,27 @@ from tools import notebook as tool
 
 def source_of(words):
     cells = tool.code_cells(tool.read(tool.NOTEBOOK))
-    (source,) = [
-        c.source for c in cells if words in c.source and "helper-module" not in tool.tags(c)
-    ]
+    sources = [cell.source for cell in cells if "helper-module" not in tool.tags(cell)]
+    (source,) = [source for source in sources if words in source]
     return source
 
 
+CHOSEN = {"handwritten": "strong", "street": "street"}
+SEEDS = {"SEEDS": [0], "PROBE_SEEDS": [0], "SMALL_SEEDS": [0]}
+EPOCHS = dict.fromkeys(("EPOCHS", "SELECTION_EPOCHS", "PROBE_EPOCHS"), 1)
+STEPS = dict.fromkeys(("PROBE_STEPS", "SHARED_STEPS", "SMALL_STEPS"), 2)
+SIZES = {"SELECTION_SIZE": 100, "SMALL_SIZE": 50}
+
+
 def run_cell(nb, words, **names):
-    """Execute the cell that holds `words` after the definitions and `names`; all its names."""
-    names = vars(nb) | {"results": {}} | names
+    """Execute the cell that holds `words` after the definitions, settings and `names`."""
+    settings = {"results": {}, "chosen": CHOSEN} | SEEDS | EPOCHS | STEPS | SIZES
+    names = vars(nb) | settings | names
     exec(source_of(words), names)
     return names
+
+
+DIGITS = utils.DigitData("MNIST", noise_split(40), noise_split(40), real=True)
 
 
 class Guess(nn.Module):
@@ -71,36 +80,32 @@ def tables(monkeypatch):
 def handed(monkeypatch):
     """What a cell hands to run_parallel; a later recipe gets a better accuracy."""
     tasks = {}
+    order = ["baseline", "tuned", "augmented", "strong", "street"]
 
     def run_parallel(trials, **_):
         tasks.update(trials)
-        order = ["baseline", "tuned", "augmented", "strong", "street"]
         return {k: float(order.index(k[1])) if k[1] in order else [50.0, 50.0] for k in trials}
 
     monkeypatch.setattr(utils, "run_parallel", run_parallel)
     return tasks
 
 
-def two_sets():
-    first = utils.DigitData("MNIST", shuffled(200), marked(100), real=True)
-    return {
-        "handwritten": first,
-        "street": utils.DigitData("SVHN", noise_split(utils, 250, seed=5), marked(100), True),
-    }
+@pytest.fixture
+def tasks():
+    """Two data sets whose test images are `marked`."""
+    trains = {"MNIST": shuffled(200), "SVHN": noise_split(250, seed=5)}
+    sets = [utils.DigitData(name, trains[name], marked(100), real=True) for name in trains]
+    return dict(zip(("handwritten", "street"), sets, strict=True))
 
 
 @pytest.mark.parametrize(
     ("step", "name"), [("(b) recipes", "chosen"), ("(d) recipes", "small_chosen")]
 )
 def test_recipes_are_tried_on_images_that_were_held_out_and_the_best_is_chosen(
-    nb, handed, step, name
+    nb, handed, tasks, step, name
 ):
-    tasks = two_sets()
     splits = {role: nb.train_val_split(data.train) for role, data in tasks.items()}
-    sizes = {"SELECTION_SIZE": 100, "SELECTION_EPOCHS": 1, "SMALL_SIZE": 50, "SMALL_SEEDS": [0]}
-    names = run_cell(
-        nb, f'title="1 {step}"', tasks=tasks, splits=splits, SMALL_STEPS=2, EPOCHS=2, **sizes
-    )
+    names = run_cell(nb, f'title="1 {step}"', tasks=tasks, splits=splits)
     for (role, _), trial in handed.items():
         fit_on, held_out = trial.args[:2]
         assert rows(held_out) == rows(splits[role][1])
@@ -109,96 +114,65 @@ def test_recipes_are_tried_on_images_that_were_held_out_and_the_best_is_chosen(
     assert names[name] == {"handwritten": "street", "street": "street"}
 
 
-def test_ways_to_share_are_tried_on_images_that_were_held_out(nb, monkeypatch):
-    tasks = two_sets()
+def test_ways_to_share_are_tried_on_images_that_were_held_out(nb, monkeypatch, tasks):
     splits = {role: nb.train_val_split(data.train) for role, data in tasks.items()}
-    sizes = {"PROBE_STEPS": 2, "PROBE_SEEDS": [0], "PROBE_EPOCHS": 1}
-    chosen = {"handwritten": "strong", "street": "street"}
-    single = {"handwritten": 1.0, "street": 1.0}
 
     def run_parallel(trials, **_):
-        return {k: single.get(k[0], [50.0, 50.0]) for k in trials}
+        return {key: 1.0 if key[0] in tasks else [50.0, 50.0] for key in trials}
 
     monkeypatch.setattr(utils, "run_parallel", run_parallel)
-    names = run_cell(
-        nb, 'title="1 (c) sharing"', tasks=tasks, splits=splits, chosen=chosen, **sizes
-    )
+    names = run_cell(nb, 'title="1 (c) sharing"', tasks=tasks, splits=splits)
     for number, role in enumerate(tasks):
         assert rows(names["fit_parts"][number]) == rows(splits[role][0])
         assert rows(names["held_parts"][number]) == rows(splits[role][1])
 
 
-def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, monkeypatch):
-    tasks, seen = two_sets(), {}
-    monkeypatch.setattr(utils, "run_parallel", lambda trials, **_: seen.update(trials))
-    chosen = {"handwritten": "strong", "street": "street"}
-    run_cell(nb, 'title="1 (b)"', tasks=tasks, chosen=chosen, SEEDS=[0, 1], EPOCHS=1)
-    for (role, kind, seed), task in seen.items():
+def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, handed, tasks):
+    run_cell(nb, 'title="1 (b)"', tasks=tasks, SEEDS=[0, 1])
+    for (role, kind, seed), task in handed.items():
         train, _, recipe, plan = task.args
         assert train is tasks[role].train
-        assert recipe is (nb.BASELINE if kind == "baseline" else nb.RECIPES[chosen[role]])
+        assert recipe is (nb.RECIPES[CHOSEN[role]] if kind == "selected" else nb.BASELINE)
         assert plan.seed == seed
-    assert len(seen) == 6
+    assert len(handed) == 6
 
 
-def test_results_of_b_are_of_test_images(nb, tables):
-    data = utils.DigitData("MNIST", marked(200), marked(100), real=True)
-    tasks = {"handwritten": data, "street": replace(data, name="SVHN")}
-    history = [{"train_acc": 99.0, "test_cross_entropy": 0.1}]
+def test_results_of_b_are_of_test_images(nb, tables, tasks):
+    mnist, svhn = tasks.values()
     wrong = {
         ("handwritten", "baseline"): 10,
         ("handwritten", "selected"): 4,
         ("street", "baseline"): 20,
         ("street", "selected"): 6,
     }
+    history = [{"train_acc": 99.0, "test_cross_entropy": 0.1}]
     single = {(*key, 0): (Guess(count), history) for key, count in wrong.items()}
-    names = run_cell(
-        nb,
-        "# @title Results of (b)",
-        tasks=tasks,
-        single=single,
-        SEEDS=[0],
-        EPOCHS=1,
-        chosen=dict.fromkeys(tasks, "street"),
-        svhn_gray=tasks["street"],
-        mnist=data,
-    )
-    assert names["single_acc"] == {
-        key: [pytest.approx(100 - count)] for key, count in wrong.items()
-    }
-    for role, part in (("handwritten", (90, 96)), ("street", (80, 94))):
-        result = names["results"]["single_task"][role]
-        assert (result["suggested_test_acc"], result["test_acc"]) == pytest.approx(part)
-    assert names["results"]["single_task"]["across"] == {
-        "MNIST reads SVHN": pytest.approx(96),
-        "SVHN reads MNIST": pytest.approx(94),
-    }
+    given = {"tasks": tasks, "single": single, "svhn_gray": svhn, "mnist": mnist}
+    names = run_cell(nb, "# @title Results of (b)", **given)
+    found = {key: accuracy for key, (accuracy,) in names["single_acc"].items()}
+    assert found == pytest.approx({key: 100 - count for key, count in wrong.items()})
+    result = names["results"]["single_task"]
+    for role in tasks:
+        assert result[role]["test_acc"] == found[role, "selected"]
+        assert result[role]["suggested_test_acc"] == found[role, "baseline"]
+    across = {"MNIST reads SVHN": 96, "SVHN reads MNIST": 94}
+    assert result["across"] == pytest.approx(across)
 
 
-def test_results_of_c_are_each_heads_and_two_heads_minus_single(nb, tables):
-    data = utils.DigitData("MNIST", marked(200), marked(100), real=True)
-    tasks = {"handwritten": data, "street": replace(data, name="SVHN")}
+def test_results_of_c_are_each_heads_and_two_heads_minus_single(nb, tables, tasks):
     multi = {
         ("baseline", 0): (Pair(10, 20), []),
         ("selected", 0): (Pair(4, 8), []),
         ("selected", 1): (Pair(2, 7), []),
     }
-    single_acc = {("handwritten", "selected"): [97.0, 99.0], ("street", "selected"): [90.0, 91.0]}
     pair = tuple(tasks.values())
-    names = run_cell(
-        nb,
-        "# @title Results of (c)",
-        tasks=tasks,
-        multi=multi,
-        single_acc=single_acc,
-        SEEDS=[0, 1],
-        EPOCHS=1,
-        baseline_pair=pair,
-        selected_pair=pair,
-        sharing_acc={},
-        batch_norm="mixed",
-        SHARED_STEPS=1,
-    )
+    given = {"tasks": tasks, "multi": multi, "baseline_pair": pair, "selected_pair": pair}
+    given["single_acc"] = {
+        ("handwritten", "selected"): [97.0, 99.0],
+        ("street", "selected"): [90.0, 91.0],
+    }
+    given |= {"sharing_acc": {}, "batch_norm": "mixed", "SEEDS": [0, 1]}
+    names = run_cell(nb, "# @title Results of (c)", **given)
     result = names["results"]["multi_task"]
     assert result["handwritten"]["per_seed"] == pytest.approx([96, 98])
     assert result["street"]["per_seed"] == pytest.approx([92, 93])
@@ -206,103 +180,61 @@ def test_results_of_c_are_each_heads_and_two_heads_minus_single(nb, tables):
     assert [text.split()[0] for text in tables[0].iloc[:, -1]] == ["−1.00", "+2.00"]
 
 
-def test_results_of_d_are_of_test_images(nb, tables):
-    data = utils.DigitData("MNIST", marked(200), marked(100), real=True)
-    pair = (data, replace(data, name="SVHN"))
-    tasks = dict(zip(("handwritten", "street"), pair, strict=True))
+def test_results_of_d_are_of_test_images(nb, tables, tasks):
+    tests = tuple(data.test for data in tasks.values())
+    setting = nb.TwoTasks(None, tests, (nb.TUNED, nb.TUNED), "mixed")
     small = {}
     for kind, more in (("baseline", 10), ("selected", 0)):
-        small |= {
-            (kind, "handwritten", 0): (Guess(1 + more), []),
-            (kind, "street", 0): (Guess(2 + more), []),
-            (kind, "two heads", 0): (Pair(3 + more, 4 + more), []),
-        }
-    setting = nb.TwoTasks(None, tuple(part.test for part in pair), (nb.TUNED, nb.TUNED), "mixed")
-    settings = {"baseline": setting, "selected": setting}
-    names = run_cell(
-        nb,
-        "# @title Results of (d)",
-        tasks=tasks,
-        small=small,
-        SMALL_SETTINGS=settings,
-        SMALL_SEEDS=[0],
-        SMALL_SIZE=50,
-        SMALL_STEPS=1,
-        EPOCHS=1,
-        small_chosen={},
-        small_validation={},
-    )
-    found = names["small_acc"]
+        small[kind, "handwritten", 0] = Guess(1 + more), []
+        small[kind, "street", 0] = Guess(2 + more), []
+        small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
+    given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": {}}
+    given["SMALL_SETTINGS"] = {"baseline": setting, "selected": setting}
+    found = run_cell(nb, "# @title Results of (d)", **given)["small_acc"]
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]
     assert found["selected", "two heads"].tolist() == [pytest.approx([97, 96])]
     assert found["baseline", "two heads"].tolist() == [pytest.approx([87, 86])]
 
 
 def test_errors_of_a_digit_are_those_of_its_label(nb, tables):
-    labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    guess = {("street", "selected", 0): torch.tensor([0, 0, 0, 1, 1, 1])}
-    more = torch.arange(2, 10)
-    split = utils.Split(torch.zeros(14, 3, 2, 2, dtype=torch.uint8), torch.cat([labels, more]))
-    guess = {key: torch.cat([value, more]) for key, value in guess.items()}
+    labels = torch.tensor([0, 0, 0, 0, *range(1, 10)])
+    split = utils.Split(torch.zeros(13, 3, 2, 2, dtype=torch.uint8), labels)
     svhn = utils.DigitData("SVHN", split, split, real=True)
-    names = run_cell(
-        nb,
-        "# @title Figure: errors of each digit",
-        single_guess=guess,
-        multi_guess=guess,
-        svhn=svhn,
-        SEEDS=[0],
-        results={"multi_task": {}},
-    )
+    guess = labels.clone()
+    guess[0] = 1
+    guesses = {("street", "selected", 0): guess}
+    given = {"single_guess": guesses, "multi_guess": guesses, "results": {"multi_task": {}}}
+    names = run_cell(nb, "# @title Figure: errors of each digit", svhn=svhn, **given)
     assert names["results"]["multi_task"]["digit_errors"]["single"] == [25.0] + [0.0] * 9
 
 
 def test_the_table_of_answers_follows_from_the_results(nb, tables):
-    committed = tool.read(tool.NOTEBOOK)
     results = json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))
     joint = results["joint_embedding"]
-    sets = [
-        types.SimpleNamespace(name=data["name"], real=True) for data in results["data"].values()
-    ]
-    run_cell(
-        nb,
-        "# @title The table of answers",
-        results=results,
-        joint=joint,
-        SMALL_SIZE=results["few_samples"]["size"],
-        answers=None,
-        tasks=dict(zip(results["data"], sets, strict=True)),
-        mnist=sets[0],
-        svhn=sets[1],
-        SEEDS=[0, 1, 2],
-        SMALL_SEEDS=range(5),
-        top1_100=joint["top1_100"],
-        top1_100_std=joint["top1_100_std"],
-        run_started=time.perf_counter(),
-    )
+    sets = [replace(DIGITS, name=data["name"]) for data in results["data"].values()]
+    given = {"results": results, "joint": joint, "mnist": sets[0], "svhn": sets[1]}
+    given |= {"tasks": dict(zip(results["data"], sets, strict=True)), "answers": None}
+    given |= {"SMALL_SIZE": results["few_samples"]["size"], "SMALL_SEEDS": range(5)}
+    given |= {name: joint[name] for name in ("top1_100", "top1_100_std")}
+    given |= {"SEEDS": [0, 1, 2], "run_started": time.perf_counter()}
+    run_cell(nb, "# @title The table of answers", **given)
     (frame,) = tables
     lines = [list(frame.columns), *frame.values.tolist()]
-    assert tool.markdown_table(
-        [[utils.cell_text(v) for v in line] for line in lines]
-    ) == tool.answers_table(committed)
+    shown = tool.markdown_table([[utils.cell_text(v) for v in line] for line in lines])
+    assert shown == tool.answers_table(tool.read(tool.NOTEBOOK))
 
 
-def test_the_reverse_way_asks_with_svhn_images(nb, monkeypatch):
-    (function,) = [
-        node
-        for node in ast.parse(source_of("# @title Scores")).body
-        if getattr(node, "name", "") == "score"
-    ]
-    names = dict(vars(nb)) | {
-        "top1_of_draws": lambda queries, pool: {"100": [queries, pool], "all": [queries, pool]}
-    }
+def test_the_reverse_way_asks_with_svhn_images(nb):
+    body = ast.parse(source_of("# @title Scores")).body
+    (function,) = [node for node in body if getattr(node, "name", "") == "score"]
+
+    def top1_of_draws(queries, pool):
+        return {"100": [queries, pool], "all": [queries, pool]}
+
+    names = vars(nb) | {"top1_of_draws": top1_of_draws}
     exec(ast.unparse(function), names)
-    sets = {
-        f"{name} {part}": f"{name} {part}"
-        for name in ("mnist", "svhn")
-        for part in ("test", "pool")
-    }
-    assert names["score"](sets) == {
+    sets = [f"{name} {part}" for name in ("mnist", "svhn") for part in ("test", "pool")]
+    assert names["score"]({name: name for name in sets}) == {
         "100": ["mnist test", "svhn pool"],
         "all": ["mnist test", "svhn pool"],
         "reverse": ["svhn test", "mnist pool"],
@@ -310,24 +242,15 @@ def test_the_reverse_way_asks_with_svhn_images(nb, monkeypatch):
 
 
 def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2_500, 4, generator=generator)
-    pool = noise_split(utils, 2_500, 32, 3)
-    queries = torch.randn(40, 4, generator=generator)
-    mnist = utils.DigitData("MNIST", noise_split(utils, 40), noise_split(utils, 40), real=True)
-    embedded = {
-        "svhn pool": nb.Digits(z, pool.labels),
-        "mnist test": nb.Digits(queries, mnist.test.labels),
-    }
-    names = run_cell(
-        nb,
-        "gallery_z, gallery_images =",
-        embedded=embedded,
-        street_pool=pool,
-        mnist=mnist,
-    )
-    _, gallery = nb.draw_indices(0, 40, 2_500)
-    hits = nb.top1_hits(embedded["mnist test"], nb.Digits(z[gallery], pool.labels[gallery]))
+    z = torch.randn(2_500, 4, generator=seeded(0))
+    queries = torch.randn(40, 4, generator=seeded(1))
+    pool = noise_split(2_500, 32, 3)
+    asked = nb.Digits(queries, DIGITS.test.labels)
+    embedded = {"svhn pool": nb.Digits(z, pool.labels), "mnist test": asked}
+    given = {"embedded": embedded, "street_pool": pool, "mnist": DIGITS}
+    names = run_cell(nb, "gallery_z, gallery_images =", **given)
+    _, gallery = nb.draw_indices(0, len(DIGITS.test), 2_500)
+    hits = nb.top1_hits(asked, nb.Digits(z[gallery], pool.labels[gallery]))
     assert names["wrong_queries"].tolist() == (~hits).nonzero().flatten().tolist()
 
 

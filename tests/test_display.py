@@ -25,18 +25,14 @@ def shown(monkeypatch):
     return outputs
 
 
-def make_figure():
-    utils.set_figure_style()
-    figure, axes = plt.subplots(figsize=(3, 2))
-    axes.plot([1, 2, 3])
-    return figure
-
-
 @pytest.mark.parametrize("photo", [False, True])
 def test_a_figure_is_shown_saved_named_and_closed(photo, shown):
     kind, ending = ("image/png", "png") if photo else ("image/svg+xml", "svg")
+    utils.set_figure_style()
     for _ in range(2):  # a cell that runs again keeps the figure's number
-        utils.show_figure(make_figure(), 3, "line", "A line & its <end>.", photo=photo)
+        figure, axes = plt.subplots(figsize=(3, 2))
+        axes.plot([1, 2, 3])
+        utils.show_figure(figure, 3, "line", "A line & its <end>.", photo=photo)
     (data, metadata), caption = shown[:2]
     text = "Figure 3. A line & its <end>."
     assert shown[2:] == shown[:2]  # the same bytes from the same figure

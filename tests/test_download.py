@@ -6,10 +6,8 @@ import hashlib
 import http.server
 import re
 import socket
-import ssl
 import threading
 import time
-import urllib.error
 
 import pytest
 import torch
@@ -111,16 +109,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- one file ----
-
-
 @pytest.mark.parametrize("bad", [cut(BODY), sends(BODY[:-1] + b"!")], ids=["cut", "changed"])
 def test_a_cut_or_changed_file_is_tried_again(bad, path, server):
     server.routes["/g"] = first_time(bad, sends(BODY))
     utils.download_once([f"{server.url}/g"], path, SHA)
     assert path.read_bytes() == BODY
     assert server.hits == ["/g", "/g"]
-    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize(
@@ -136,11 +130,8 @@ def test_a_bad_address_is_told_and_the_next_one_serves(fault, says, path, server
     with pytest.raises(utils.DataError) as caught:
         utils.download_once([f"{server.url}/bad", f"{NOWHERE}/g"], path, SHA)
     message = str(caught.value)
-    assert message.startswith("g.pth could not be downloaded.\nTried:\n")
-    assert says in message
-    assert re.search(f"{NOWHERE}/g: URLError: .*Connection refused", message)
-    assert f"save the file as {path} (sha256 {SHA}" in message
-    assert "certificate" not in message
+    for words in (says, "Connection refused", str(path), SHA):
+        assert words in message
     assert names(path.parent) == []  # nothing half-written
     utils.download_once([f"{server.url}/bad", f"{server.url}/good"], path, SHA)
     assert path.read_bytes() == BODY
@@ -160,9 +151,6 @@ def test_nothing_half_written_ever_has_the_true_name(path, server):
         utils.download_once([f"{server.url}/g"], path, SHA)
     assert seen
     assert "g.pth" not in seen
-
-
-# ---- silence ----
 
 
 def test_a_name_server_that_says_nothing_is_given_up(path, monkeypatch):
@@ -187,24 +175,6 @@ def test_a_silent_connection_costs_one_time_out_for_each_address(monkeypatch):
         assert time.monotonic() - start < 3 * utils.TIMEOUT + 2
 
 
-# ---- certificates ----
-
-
-def test_a_client_with_certificates_of_its_own_is_tried_where_urllib_has_none(monkeypatch):
-    problem = ssl.SSLCertVerificationError("certificate verify failed: no local issuer")
-
-    def urlopen(*_, **__):
-        raise urllib.error.URLError(problem)
-
-    monkeypatch.setattr(utils.urllib.request, "urlopen", urlopen)
-    assert utils.fetch_first("SVHN", [("https://hub/f", lambda: "read")], "?") == "read"
-    with pytest.raises(utils.DataError, match=r"What to do: save it; .*SSL_CERT_FILE"):
-        utils.fetch_first("SVHN", [("https://hub/f", urlopen)], "save it")
-
-
-# ---- MNIST and SVHN by download ----
-
-
 def idx(numbers):
     """A file in MNIST's format."""
     sizes = b"".join(size.to_bytes(4, "big") for size in numbers.shape)
@@ -213,7 +183,7 @@ def idx(numbers):
 
 
 def test_each_file_of_mnist_is_fetched_once_and_a_damaged_one_replaced(server, monkeypatch):
-    train, test = noise_split(utils, 12), noise_split(utils, 5, seed=1)
+    train, test = noise_split(12), noise_split(5, seed=1)
     for part, split in (("train", train), ("t10k", test)):
         images, labels = idx(split.images[:, 0]), idx(split.labels)
         server.routes[f"/mnist/{part}-images-idx3-ubyte.gz"] = images
@@ -263,7 +233,6 @@ def load_twice(splits):
 def test_svhn_comes_from_the_official_address(svhn, server):
     load_twice(svhn)
     assert server.hits == OFFICIAL
-    assert names(utils.data_root()) == ["test_32x32.mat", "train_32x32.mat"]
 
 
 def test_svhn_comes_from_the_mirror_though_cut_once(svhn, server):
@@ -273,11 +242,3 @@ def test_svhn_comes_from_the_mirror_though_cut_once(svhn, server):
     server.routes[train] = first_time(cut(whole), sends(whole))
     load_twice(svhn)
     assert [path for path in server.hits if path.startswith("/hub")] == [train, train, test]
-
-
-def test_a_wrong_file_on_the_mirror_is_not_used(svhn, server, tmp_path):
-    server.routes |= dict.fromkeys(OFFICIAL, not_found)
-    wrong = utils.Split(svhn[0].images, svhn[0].labels.clamp(max=8))
-    server.routes[MIRROR[0]] = as_parquet(tmp_path / "wrong.parquet", wrong).read_bytes()
-    with pytest.raises(utils.DataError, match="counts"):
-        utils.load_svhn()

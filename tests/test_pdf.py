@@ -12,6 +12,8 @@ from unicodedata import normalize
 import nbformat
 import pypdf
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_markdown_cell as md
 from PIL import Image
 
 import utils
@@ -21,31 +23,27 @@ SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='80' height='40'><path d='M
 WHO = 'NAME = "Ada"  # @param {type:"string"}\nSTUDENT_NUMBER = 4000\nDISCUSSED_WITH = ["Bob"]'
 
 
-def png(width: int = 60) -> bytes:
+def png(width: int = 60, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("L", (width, 30)).save(file, "PNG")
+    Image.new("L", (width, 30)).save(file, kind)
     return file.getvalue()
 
 
-def md(source: str, *tags: str, **fields) -> dict:
-    return {"cell_type": "markdown", "metadata": {"tags": list(tags)}, "source": source} | fields
-
-
 def code(source: str, *outputs: dict, tags: tuple = ()) -> dict:
-    cell = {"cell_type": "code", "metadata": {"tags": list(tags)}, "execution_count": 1}
-    return cell | {"source": source, "outputs": list(outputs)}
+    about = {"tags": list(tags)}
+    return new_code_cell(source, outputs=list(outputs), metadata=about, execution_count=1)
 
 
 def shown(data: dict, **about) -> dict:
-    return {"output_type": "display_data", "data": data, "metadata": about}
+    return new_output("display_data", data, metadata=about)
 
 
 def stream(text: str, name: str = "stdout") -> dict:
-    return {"output_type": "stream", "name": name, "text": text}
+    return new_output("stream", text=text, name=name)
 
 
 def notebook(*cells: dict) -> str:
-    return json.dumps({"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": list(cells)})
+    return nbformat.writes(new_notebook(cells=list(cells)))
 
 
 class Exported:
@@ -68,8 +66,6 @@ class Exported:
 def export(*cells: dict, folder: Path = ROOT) -> Exported:
     return Exported(notebook(*cells), folder)
 
-
-# ---- Markdown and HTML ----
 
 MARKDOWN = {
     "inline $ x^2 + \\alpha $ here": "inline x2 + α here",
@@ -108,34 +104,38 @@ def test_what_cannot_be_shown_is_named():
         "![words](attachment:gone.png)",
         "<iframe src='words'></iframe>",
     ]
-    pdf = export(*[md(f"kept{n} {source} too") for n, source in enumerate(sources)])
-    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 5)]
-    assert all(f"kept{n}" in pdf.text for n in range(4)) and pdf.text.count("too") == 4
+    interactive = [
+        {"application/vnd.plotly.v1+json": {}},
+        {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
+        {"text/html": "<div></div><script>plot()</script>"},
+    ]
+    cells = [md(f"kept {source} too") for source in sources]
+    pdf = export(*cells, *[code("f()", shown(data)) for data in interactive])
+    assert [text.partition(":")[0] for text in pdf.notices] == [f"cell {n}" for n in range(1, 8)]
+    assert pdf.text.count("kept") == pdf.text.count("too") == 4
+    assert pdf.text.count("not shown here") == 3
 
 
 def test_images_of_every_kind_are_shown(tmp_path):
     (tmp_path / "a picture.png").write_bytes(png(61))
-    attached, in_line, output = [base64.b64encode(png(n)).decode() for n in (62, 63, 64)]
+    attached, in_line, one, other = [base64.b64encode(png(n)).decode() for n in (62, 63, 64, 65)]
     cells = [
         md("![](a%20picture.png)"),
         md("![](attachment:in.png)", attachments={"in.png": {"image/png": attached}}),
         md(f"<img src='data:a;base64,{in_line}'>"),
-        code("f()", shown({"image/png": output})),
+        code("f()", shown({"image/png": one}), shown({"image/png": other, "text/markdown": "it"})),
+        code("f()", shown({"image/jpeg": base64.b64encode(png(66, "JPEG")).decode()})),
     ]
     pdf = export(*cells, folder=tmp_path)
-    assert not pdf.notices and pdf.images == 4
+    widths = [image.image.width for page in pdf.reader.pages for image in page.images]
+    assert not pdf.notices and sorted(widths) == [61, 62, 63, 64, 65, 66]
 
 
 def test_letters_that_no_font_has_are_named():
-    cells = [md("a letter \U00030000"), code(WHO.replace("Ada", "\U00030001"))]
-    pdf = export(*cells, md("✅ passed"))
+    pdf = export(md("a letter \U00030000"), code(WHO.replace("Ada", "\U00030001")))
     assert "cell 1: no font here has \U00030000: install one" in pdf.notices
     assert "cell 2: no font here has \U00030001: install one" in pdf.notices
-    if any("✅" in text for text in pdf.notices):  # else this machine has a font of emoji
-        assert "[white heavy check mark] passed" in pdf.text
 
-
-# ---- Formulas ----
 
 FORMULAS = r"""
 \varepsilon \odot \oplus \otimes \cap \bigcap_i \setminus \approx \nabla \emptyset \sum_{i=1}^n
@@ -144,24 +144,20 @@ FORMULAS = r"""
 \left\|x\right\| \left.f\right|_{x=0} \|x\|_2 \boxed{x} \substack{a\\b} \% A^{\mathsf{T}}
 x\nonumber x\tag{1} x\label{eq:a} {\bf{x}} \rm{ReLU} {\cal{L}} a<b
 """
-MATRICES = ["pmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
+INSIDE = ["pmatrix", "vmatrix", "Vmatrix", "cases", "aligned"]
+WITHOUT_DOLLARS = ["align", "equation", "eqnarray"]
 
 
 def test_formulas_that_students_use_are_set():
-    inside = [rf"\begin{{{name}}} a & b \\ c & d \end{{{name}}}" for name in MATRICES]
+    inside = [rf"\begin{{{name}}} a & b \\ c & d \end{{{name}}}" for name in INSIDE]
+    bare = [rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}" for name in WITHOUT_DOLLARS]
     formulas = FORMULAS.split() + inside
     cells = [md(f"w{n} $ {f} $ and $${f}$$") for n, f in enumerate(formulas)]
+    cells += [md(f"So\n\n{f}\n") for f in bare] + [code("f()", shown({"text/latex": bare[0]}))]
     pdf = export(*cells)
-    assert pdf.notices == []
+    assert pdf.notices == [] and pdf.text.replace(" ", "").count("x=1+2") == 4
     assert all(f"w{n} " in pdf.text for n in range(len(formulas)))
     assert not re.search(r"\\[a-z]|rgb\(|DejaVu|sect|circle|⟦", pdf.text)
-
-
-@pytest.mark.parametrize("name", ["align", "equation", "eqnarray"])
-def test_an_environment_without_dollars_is_set(name):
-    bare = rf"\begin{{{name}}} x = 1 + 2 \end{{{name}}}"
-    pdf = export(md(f"The update is\n\n{bare}\n"), code("f()", shown({"text/latex": bare})))
-    assert pdf.text.count("x = 1 + 2") == 2 and not pdf.notices
 
 
 def test_a_formula_that_cannot_be_set_costs_no_other():
@@ -180,26 +176,6 @@ def test_macros_reach_later_cells():
     assert not pdf.notices and "E[x]" in pdf.text and "tr A" in pdf.text and "\\" not in pdf.text
 
 
-def test_a_macro_without_end_costs_no_more_than_its_formulas():
-    pdf = export(md(r"kept $\newcommand{\loop}{\loop}\loop$"), md("$x^2$ too"))
-    assert "kept" in pdf.text and "x2 too" in pdf.text and len(pdf.notices) == 1
-
-
-def test_a_cell_that_cannot_be_set_is_shown_as_typed(monkeypatch):
-    original = utils.pandoc
-
-    def spoiled(text: str, from_format: str) -> str:
-        return original(text, from_format).replace("spoil", "#nosuchname")
-
-    monkeypatch.setattr(utils, "pandoc", spoiled)
-    pdf = export(md("before"), md(r"this will spoil $\text{loss}$ here"), md("after"))
-    assert r"before this will spoil $\text{loss}$ here after" in pdf.text
-    assert pdf.notices == ["cell 2: shown as source, as it cannot be set"]
-
-
-# ---- Outputs, and notebooks as found in the wild ----
-
-
 def test_outputs_are_shown_in_their_best_form():
     log = "".join(f"line {n} of the log\n" for n in range(500))
     table = "<style>b{}</style><table><tr><td>97.25</td></tr></table>"
@@ -209,32 +185,21 @@ def test_outputs_are_shown_in_their_best_form():
         stream("\x1b[31mred\x1b[0m words\n"),
         shown({"text/markdown": "| data |\n|---|\n| 98.76 |"}),
         shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
-        shown({"text/html": "<b>html words</b> $x^2$"}),
+        shown({"text/html": "<b>html words</b> $x^2 &lt; y$"}),
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
         shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
         shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
-        {"output_type": "error", "ename": "E", "evalue": "e", "traceback": ["\x1b[1mTrace 99"]},
+        new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
     pdf = export(code("f()", *outputs))
     there = (
-        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2|A ∩ B|Trace 99"
+        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2 < y|A ∩ B|Trace"
     )
     for words in there.split("|"):
         assert words in pdf.text, words
     for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
         assert words not in pdf.text, words
     assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
-
-
-def test_interactive_outputs_are_named():
-    kinds = [
-        {"application/vnd.plotly.v1+json": {}},
-        {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"},
-        {"text/html": "<div></div><script>plot()</script>"},
-    ]
-    pdf = export(*[code("f()", shown(data)) for data in kinds])
-    assert pdf.text.count("not shown here") == 3
-    assert [text.partition(":")[0] for text in pdf.notices] == ["cell 1", "cell 2", "cell 3"]
 
 
 def test_a_table_longer_than_a_page_goes_on_on_the_next():
@@ -254,43 +219,16 @@ def test_a_table_wider_than_the_page_is_set_smaller_and_named():
 def test_a_line_without_a_space_breaks_anywhere():
     line = "0123456789abcdef" * 40
     page = export(md(f"text {line}"), code(f'key = "{line}"', stream(line + "\n"))).reader.pages[0]
-    places = []
-
-    def visit(text, matrix, text_matrix, font, size):
-        if text.strip():
-            places.append(text_matrix[4] * matrix[0] + matrix[4])
-
-    lines = page.extract_text(visitor_text=visit).replace("\u200b", "").splitlines()
+    lines = page.extract_text().replace("\u200b", "").splitlines()
     assert max(map(len, lines)) < 140 and len(lines) > 12
-    assert min(places) >= 0 and max(places) < page.mediabox.width
-
-
-def test_missing_fields_and_a_byte_order_mark_cost_nothing():
-    outputs = [
-        {"output_type": "stream", "text": ["told"]},
-        {"output_type": "display_data"},
-        {"output_type": "display_data", "data": {"text/plain": ["seen"]}},
-        {"output_type": "error", "ename": "Err", "evalue": "why"},
-    ]
-    cells = [
-        {"cell_type": "markdown", "metadata": {"tags": None}, "source": ["kept ", "words"]},
-        {"cell_type": "code", "source": "x1", "metadata": {}},
-        {"cell_type": "raw", "source": "raw words", "metadata": {}},
-        code("y1", *outputs),
-    ]
-    text = Exported("\ufeff" + notebook(*cells)).text
-    assert all(w in text for w in ["kept words", "x1", "y1", "told", "seen", "why", "raw words"])
-
-
-# ---- Pages ----
 
 
 def test_head_body_and_appendix():
-    claims = {"Ours is better.": True, "It is fast": False}
+    claims = {"Ours is better.": True, "It is fast": False, "It is small": False}
     cells = [
         md("# My Title\nintroduction"),
         code(WHO),
-        md("## Question 1\nIt is **fast**."),
+        md("## Question 1\nIt is\n**fast**."),
         code("#@title Curves\nplot()", stream("curve output"), tags=("appendix",)),
         code("#@title Text\nmake_text()", stream("computed words"), tags=("hide-code",)),
         code("check()", shown({"text/plain": "judged"}, claims=claims), tags=("claims",)),
@@ -306,8 +244,8 @@ def test_head_body_and_appendix():
     assert found == sorted(found) and min(found) >= 0
     for words in ["@title", "make_text", "secret", "helper_module", "pip()", "export()", "NAME ="]:
         assert words not in pdf.text, words
-    failed = "cell 6: 1 of 2 claims do not hold: It is fast (in cell 3)"
-    assert pdf.all_notices == [failed]
+    fast = "cell 6: 2 of 3 claims do not hold: It is fast (in cell 3)"
+    assert pdf.all_notices[0] == fast and "It is small" in pdf.all_notices[1]
 
 
 @pytest.mark.parametrize("source", [WHO.replace("Ada", ""), "NAME = '"])
@@ -315,9 +253,6 @@ def test_a_missing_name_is_named(source):
     pdf = export(md("a"), code(source, tags=("submission",)))
     assert "Name: empty" in pdf.text and source not in pdf.text
     assert pdf.all_notices[0].startswith("cell 2: the name cell lacks NAME")
-
-
-# ---- Which notebook, and where to ----
 
 
 def save(path: Path, words: str) -> Path:
@@ -337,7 +272,7 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "name cell lacks" in told and str(one.with_suffix(".pdf")) in told
     copy = save(tmp_path / "my copy.ipynb", "words of the copy")
-    with pytest.raises(FileNotFoundError, match=r"'assignment3\.ipynb', 'my copy\.ipynb'"):
+    with pytest.raises(FileNotFoundError, match="my copy"):
         utils.export_pdf()
     monkeypatch.setenv("JPY_SESSION_NAME", str(copy))
     utils.export_pdf()
@@ -349,19 +284,15 @@ def test_the_running_notebook_is_exported(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "answers", "exported"),
+    ("kernel", "exported"),
     [
-        ("google.colab._shell", True, "words in Colab"),
-        ("google.colab._shell", False, "words of the file"),
-        ("ipykernel.zmqshell", True, "words of the file"),  # google.colab is installed elsewhere
+        ("google.colab._shell", "words in Colab"),
+        ("ipykernel.zmqshell", "words of the file"),  # google.colab is installed elsewhere
     ],
 )
-def test_only_colab_is_asked_for_the_open_notebook(
-    kernel, answers, exported, tmp_path, monkeypatch
-):
+def test_only_colab_is_asked_for_the_open_notebook(kernel, exported, tmp_path, monkeypatch):
     nb = json.loads(notebook(md("words in Colab"))) | {"metadata": {"colab": {"name": "one.ipynb"}}}
-    answer = {"ipynb": nb} if answers else None
-    message = types.SimpleNamespace(blocking_request=lambda *_, **__: answer)
+    message = types.SimpleNamespace(blocking_request=lambda *_, **__: {"ipynb": nb})
     monkeypatch.setitem(sys.modules, "google.colab._message", message)
     monkeypatch.setattr(utils, "get_ipython", type("Shell", (), {"__module__": kernel}))
     monkeypatch.chdir(tmp_path)
@@ -369,16 +300,6 @@ def test_only_colab_is_asked_for_the_open_notebook(
     save(tmp_path / "one.ipynb", "words of the file")
     utils.export_pdf()  # and a browser that takes no PDF is no error
     assert exported in text_of(tmp_path / "one.pdf")
-
-
-@pytest.mark.parametrize("package", ["typst", "no-such-package"])
-def test_a_package_too_old_or_missing_is_named(monkeypatch, package):
-    monkeypatch.setattr(utils, "NEEDED_VERSIONS", {package: "99"})
-    with pytest.raises(ImportError, match=f"{package} 99 or newer, found: "):
-        export(md("a"))
-
-
-# ---- The committed notebook ----
 
 
 def letters(text: str) -> str:
@@ -409,33 +330,8 @@ def test_every_heading_caption_and_number_of_the_notebook_is_in_its_pdf():
     assert not pdf.notices
 
 
-def test_every_failed_claim_is_named():
-    claims = {"A is so": False, "B is so": True, "C is so": False}
-    pdf = export(code("check()", shown({"text/plain": "judged"}, claims=claims)))
-    assert [text.rpartition(": ")[2] for text in pdf.notices] == ["A is so", "C is so"]
-
-
-def test_a_failed_claim_is_found_across_a_line_break():
-    claims = code("check()", shown({"text/plain": "judged"}, claims={"It is fast": False}))
-    pdf = export(md("It is\n**fast**."), claims)
-    assert pdf.notices == ["cell 2: 1 of 1 claims do not hold: It is fast (in cell 1)"]
-
-
-def test_a_display_with_words_and_an_image_shows_the_image():
-    both = {"text/markdown": "words", "image/png": base64.b64encode(png()).decode()}
-    assert export(code("f()", shown(both))).images == 1
-
-
 def test_a_heading_never_stands_alone_at_the_foot_of_a_page():
     lines = "\n".join(f"line_{n} = {n}" for n in range(14))
     cells = [cell for n in range(12) for cell in (md(f"## Heading {n}"), code(lines))]
     for page in export(*cells).pages:
         assert not re.search(r"Heading \d+ \d+ / \d+$", page)
-
-
-def test_two_images_of_one_cell_are_both_shown():
-    narrow, wide = (base64.b64encode(png(width)).decode() for width in (60, 90))
-    outputs = [shown({"image/png": image}) for image in (narrow, wide)]
-    pages = export(code("f()", *outputs)).reader.pages
-    widths = [image.image.width for page in pages for image in page.images]
-    assert sorted(widths) == [60, 90]

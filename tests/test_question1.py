@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noise_split
+from conftest import noise_split, seeded
 from scipy import stats
 from torch import nn
 
@@ -17,36 +17,27 @@ ROLES = ("handwritten", "street")
 
 def patterns(count, seed):
     """Noisy images of ten fixed patterns, and their labels: easy to learn."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     known = torch.randint(0, 2, (10, 1, 18, 18), generator=generator) * 200
     noise = torch.randint(0, 56, (count, 1, 18, 18), generator=generator)
     labels = torch.arange(count) % 10
     return utils.Split((known[labels] + noise).to(torch.uint8), labels)
 
 
-# ---- networks ----
-
-
 def test_the_trunk_is_the_starters_base_cnn_and_a_head_has_one_hidden_layer(nb):
-    starter = [
+    starter = nn.Sequential(
         *(nn.Conv2d(1, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 5), nn.BatchNorm2d(64), nn.ReLU()),
         *(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    ]
-    starter = nn.Sequential(*starter)
+    )
     trunk = nb.base_trunk()
     starter.load_state_dict(trunk.state_dict())
-    images = torch.randn(4, 1, 28, 28)
-    for model in (trunk, starter):
-        model(images).square().sum().backward()
-    assert torch.allclose(trunk(images), starter(images), atol=1e-6)
-    for ours, theirs in zip(trunk.parameters(), starter.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    for size in (18, 28, 32):
+        images = torch.randn(4, 1, size, size)
+        assert torch.allclose(trunk(images), starter(images), atol=1e-6)
     head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     assert repr(nb.task_head()) == repr(head)
-    for size in (18, 28, 32):
-        assert nb.base_trunk()(torch.randn(4, 1, size, size)).shape == (4, 64)
 
 
 @pytest.mark.parametrize(("kind", "passes"), list(zip(KINDS, (1, 1, 2), strict=True)))
@@ -94,9 +85,6 @@ def test_the_model_of_one_task_is_its_half_of_the_joint_model(nb, kind, number):
     assert not torch.allclose(other, expected, atol=1e-2)
 
 
-# ---- losses and metrics ----
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_cross_entropy_of_smoothed_labels_and_the_metrics_of_plain_ones(nb, smoothing):
     logits, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
@@ -120,7 +108,7 @@ def test_the_multi_task_loss_is_the_mean_of_both_each_with_its_own_smoothing(nb)
 
 
 def test_a_split_is_evaluated_as_a_whole(nb):
-    split = noise_split(utils, 515)  # more than a batch, and not a whole number of them
+    split = noise_split(515)  # more than a batch, and not a whole number of them
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     logits = model(split.images / 127.5 - 1)
     values = nb.evaluate_split(model, split)
@@ -128,9 +116,6 @@ def test_a_split_is_evaluated_as_a_whole(nb):
     assert values["test_cross_entropy"] == pytest.approx(loss, abs=1e-5)
     correct = (logits.argmax(1) == split.labels).sum().item()
     assert values["test_acc"] == pytest.approx(100 * correct / 515)
-
-
-# ---- the loop ----
 
 
 def test_the_loop_is_plain_gradient_descent_with_a_schedule_and_returns_means(nb):
@@ -154,9 +139,6 @@ def test_the_loop_is_plain_gradient_descent_with_a_schedule_and_returns_means(nb
     assert means["loss"] == means["cross_entropy"] == pytest.approx(np.mean(losses), abs=1e-6)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-# ---- short trainings ----
 
 
 def assert_all_moved(model, before):
@@ -216,23 +198,8 @@ def test_a_multi_task_training_learns_both_tasks_and_moves_all_weights(nb, kind)
     assert_all_moved(model, nb.TwoHeads(kind, tasks.recipes).state_dict())
 
 
-def test_no_loss_of_a_step_waits_for_a_gpu(nb):
-    """On the device 'meta' there are shapes but no values: reading one is an error there."""
-    images, labels = torch.empty(8, 1, 32, 32, device="meta"), torch.zeros(8, device="meta").long()
-    images = nb.augment(images, torch.Generator(), nb.STREET)
-    network = nn.Sequential(nb.preprocessing(nb.STREET), nb.base_trunk(), nb.task_head())
-    loss, _ = nb.classification_loss(network.to("meta"), (images, labels), 0.1)
-    loss.backward()
-    for kind in KINDS:
-        model = nb.TwoHeads(kind, [nb.STREET] * 2).to("meta")
-        loss, _ = nb.multi_task_loss(model, [(images, labels)] * 2, [0.1, 0.1])
-        loss.backward()
-
-
-# ---- summaries ----
-
-
-def test_percent_shows_the_sample_deviation_of_three_seeds_and_fewer_as_they_are(nb):
+def test_summaries_have_the_mean_the_sample_deviation_and_fewer_than_three_values_as_they_are(nb):
+    assert nb.summarize([1, 2, 3]) == {"mean": 2.0, "std": 1.0, "per_seed": [1.0, 2.0, 3.0]}
     assert nb.percent([99.126]) == "99.13"
     assert nb.percent([99.126, 98.0]) == "99.13 and 98.00"
     assert nb.percent([1, 2, 3]) == "2.00 ± 1.00"
@@ -245,11 +212,6 @@ def test_a_paired_difference_has_the_t_interval_of_its_seeds(nb):
     expected = f"+0.34 ({low:+.2f} to {high:+.2f})".replace("-", "−")
     assert nb.paired_difference(ours, others) == expected
     assert nb.paired_difference([1.0], [1.5]) == "−0.50"
-
-
-def test_a_summary_has_mean_sample_deviation_and_all_values(nb):
-    assert nb.summarize([1, 2, 3]) == {"mean": 2.0, "std": 1.0, "per_seed": [1.0, 2.0, 3.0]}
-    assert nb.summarize([5.0])["std"] == 0.0
 
 
 def test_curves_show_loss_and_error_of_both_parts_beside_each_other(nb):

@@ -31,7 +31,7 @@ def test_jobs_are_a_whole_number_from_one_or_not_set(monkeypatch):
 
 
 def test_the_profile_is_full_only_when_every_set_is_real(monkeypatch):
-    split = noise_split(utils)
+    split = noise_split()
     real = utils.DigitData("MNIST", split, split, real=True)
     stand_in = utils.DigitData("scikit-learn digits", split, split, real=False)
     assert utils.profile_for(real, real) == "full"

@@ -16,9 +16,6 @@ OUR_G = digit_biggan.WEIGHTS / "street_classifier.pt"
 NOWHERE = "http://127.0.0.1:9"  # no server listens there
 
 
-# ---- strict loading ----
-
-
 def test_weights_fill_a_model_in_its_own_type_and_eval_mode(tmp_path):
     half = {name: value.half() for name, value in nn.Linear(3, 2).state_dict().items()}
     torch.save(half, tmp_path / "half.pt")
@@ -41,9 +38,6 @@ def test_a_missing_damaged_or_foreign_file_is_named(tmp_path):
         utils.load_weights(nn.Linear(3, 2), path)
 
 
-# ---- g ----
-
-
 @pytest.fixture(scope="module")
 def svhn():
     """What passes for real SVHN here."""
@@ -51,37 +45,24 @@ def svhn():
     return utils.DigitData("SVHN", split, split, real=True)
 
 
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    """Let our weights, with the classes moved by `shift`, be the published file."""
-
-    def publish(shift):
-        state = torch.load(OUR_G, weights_only=True)
-        for name in ("classifier.0.weight", "classifier.0.bias"):
-            state[name] = state[name].roll(shift, 0)
-        torch.save(state, tmp_path / "svhn-f564f3d8.pth")
-        monkeypatch.setattr(utils, "download_once", lambda *_: tmp_path / "svhn-f564f3d8.pth")
-
-    return publish
+PUBLISHED = "the starter's published weights"
+OURS = "this project's weights, offline/weights/street_classifier.pt"
 
 
-def test_class_k_of_the_published_g_is_the_digit_k_plus_1(nb, svhn, publish):
-    publish(shift=-1)
+@pytest.mark.parametrize("shift", [-1, 0])
+def test_class_k_of_the_published_g_is_the_digit_k_plus_1_else_it_is_left_out(
+    nb, svhn, shift, tmp_path, monkeypatch
+):
+    """Our weights, with the classes moved by `shift`, are the published file."""
+    state = torch.load(OUR_G, weights_only=True)
+    for name in ("classifier.0.weight", "classifier.0.bias"):
+        state[name] = state[name].roll(shift, 0)
+    torch.save(state, tmp_path / "svhn.pth")
+    monkeypatch.setattr(utils, "download_once", lambda *_: tmp_path / "svhn.pth")
     model = nb.StreetClassifier()
-    origin = utils.load_g(model, svhn, CPU)
-    assert origin == "the starter's published weights"
+    assert utils.load_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
     assert utils.percent_right(model, svhn.train, CPU) > 90
     assert not model.training
-
-
-def test_a_published_g_that_reads_fewer_than_90_percent_is_left_out(nb, svhn, publish, capsys):
-    publish(shift=0)
-    model = nb.StreetClassifier()
-    origin = utils.load_g(model, svhn, CPU)
-    assert origin == "this project's weights, offline/weights/street_classifier.pt"
-    assert utils.percent_right(model, svhn.train, CPU) > 90
-    told = capsys.readouterr().out
-    assert "Not used: the starter's published weights: 0." in told
 
 
 def test_a_g_that_cannot_be_downloaded_is_told_in_one_line(nb, svhn, monkeypatch, capsys):
@@ -110,9 +91,6 @@ def test_a_g_that_is_not_the_recorded_file_has_no_origin(nb, svhn, monkeypatch, 
     (tmp_path / "weights" / "street_classifier.json").write_text(changed, encoding="utf-8")
     monkeypatch.setattr(utils, "OFFLINE", tmp_path)
     assert utils.load_g(nb.StreetClassifier(), replace(svhn, real=False), CPU) is None
-
-
-# ---- the generator ----
 
 
 def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch):
