@@ -1807,10 +1807,11 @@ STYLE = r"""
 #show regex("\S{60,}"): it => it.text.replace(regex(".{8}"), part => part.text + sym.zws) // breaks
 #set figure(supplement: none, numbering: none)
 #show figure: set text(9pt)
+#show figure.where(kind: image): set block(spacing: 1.6em)
 #show figure.where(kind: table): set figure.caption(position: top)
 #show figure.where(kind: table): set block(breakable: true)
 #show figure.where(kind: table): it => layout(size => // only long tables break
-  block(breakable: measure(it, width: size.width).height > 50% * page.height, it))
+  block(spacing: 1.6em, breakable: measure(it, width: size.width).height > 50% * page.height, it))
 #set table(stroke: (x: none, y: 0.3pt + gray), inset: (x: 0.45em, y: 0.37em))
 #show table: set par(justify: false)
 #show table.cell: set align(right)
