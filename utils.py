@@ -393,7 +393,7 @@ def download(url: str, path: Path, sha256_prefix: str) -> Path:
 
 
 def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
-    """`path`, where a file of this sha256 is, or comes from the first url that has it.
+    """`path`, with a file of this sha256: the one there, else from the first url that gives it.
 
     Raises DataError that lists every failure.
     """
@@ -556,12 +556,12 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
 def real_svhn(part: str) -> Split:
     """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
 
-    Raises DataError that lists what was tried.
+    Raises DataError: what was tried, or what is wrong with the file that came.
     """
     root = data_root()
     mat = f"{part}_32x32.mat"
     failures = []
-    # Into the last of these folders the mirror's download, below, puts its file.
+    # The last pattern finds what the mirror's download, below, has left in an earlier run.
     for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
         files = sorted(root.glob(pattern))
         if not files:
@@ -1201,7 +1201,8 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # What every module has: its training and weights, listed below, and hooks, which do not count.
+    # Of what every module has, the flag `training`, children and weights are listed below; hooks
+    # do not count. `attributes` is what the class itself added.
     of_every_module = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -1262,7 +1263,7 @@ def is_ours(module: str | None) -> bool:
 
 def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):  # all plain names come from the text, but for abc's
+    if not name.startswith("__"):  # from the text, but for abc's; no class of ours is an Enum
         return name != "_abc_impl"
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
@@ -1541,7 +1542,7 @@ def pack_code(code: CodeType) -> tuple:
 def run_in_worker(task: Callable[[], Result], cells: dict[str, tuple]) -> tuple[Result, list[str]]:
     """The task's result and the names of the stored trainings that it used."""
     linecache.cache.update(cells)
-    _run.stored.clear()
+    _run.stored.clear()  # this process's own _run: it may still hold names of an earlier task
     result = task()
     return result, _run.stored
 
@@ -1620,7 +1621,8 @@ class StageDisplay:
     def estimate(self, trained: int) -> None:
         """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
         now = time.perf_counter()
-        # Timed from the first tick that sees an epoch: before it, the workers started.
+        # Set anew at each tick until one sees an epoch, and then kept: the time before, in which
+        # the workers start, must not count as training.
         if self.count_then == 0:
             self.timed_from = now
             self.count_then = trained
@@ -1783,7 +1785,8 @@ def cell_text(value: object) -> str:
 
 COURSE = "COMP 499/691, Special Topics: Deep Learning"
 NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": "0.15.0"}
-LEFT_OUT = {"hide-pdf", "install", "helper-module", "export", "submission"}  # tags
+# Cells with these tags are left out; of the name cell ("submission") the head shows the values.
+LEFT_OUT_TAGS = {"hide-pdf", "install", "helper-module", "export", "submission"}
 NAME_CELL = re.compile(r"(?m)^NAME *=(.*\n)*?STUDENT_NUMBER *=")
 IMAGES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
 NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
@@ -1870,7 +1873,7 @@ class Formula:
 class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
-    Tags of cells: LEFT_OUT, hide-code (outputs only), appendix and claims (outputs in place, code
+    Tags of cells: LEFT_OUT_TAGS, hide-code (outputs only), appendix and claims (outputs in place, code
     in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption (left
     out, as the caption stands at the figure); claims, a dict of sentences and whether they hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
@@ -1882,7 +1885,11 @@ class TypstPDFExporter(HTMLExporter):
     @property
     def default_config(self) -> Config:
         """nbconvert's settings: cells left out by tags, HTML as pandoc reads it."""
-        remove = {"enabled": True, "remove_cell_tags": LEFT_OUT, "remove_input_tags": {"hide-code"}}
+        remove = {
+            "enabled": True,
+            "remove_cell_tags": LEFT_OUT_TAGS,
+            "remove_input_tags": {"hide-code"},
+        }
         prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
         ours = Config(
             TagRemovePreprocessor=remove,
@@ -2161,7 +2168,8 @@ class TypstPDFExporter(HTMLExporter):
     def compile_typst(self, text: str, *standards: str) -> tuple[bytes | None, str]:
         """PDF of Typst text and "", else None and why."""
         text = re.sub(FORMULA_MARK, lambda found: self.formulas[int(found[1])].typst, text)
-        # Links may need labels that went with headings that are shown as source.
+        # Links may need labels that are not in this text: those of headings that are shown as
+        # source and, where `repair` tries one part alone, those of the other parts.
         wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
         there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
         labels = "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
@@ -2381,7 +2389,7 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
             continue
         cell.execution_count = cell.get("execution_count")
         cell.outputs = [with_output_fields(output) for output in cell.get("outputs") or []]
-        if NAME_CELL.search(cell.source) and not LEFT_OUT & set(cell.metadata.tags):
+        if NAME_CELL.search(cell.source) and not LEFT_OUT_TAGS & set(cell.metadata.tags):
             cell.metadata.tags.append("submission")  # one retyped in Colab has no tag
     return nb
 

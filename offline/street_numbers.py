@@ -323,7 +323,10 @@ def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tenso
 
 
 def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
-    """Cover (n x 32 x 32) of a line along the plate's edge, seen or not, on four in ten."""
+    """Cover (n x 32 x 32) of a line along the plate's edge, on four plates in ten.
+
+    Where the edge lies beyond the picture, so does the line.
+    """
     n = len(depth)
     inset = _uniform(rng, 0.0, 0.08, n, 1, 1)
     width = _uniform(rng, 0.02, 0.06, n, 1, 1)
@@ -421,9 +424,10 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
 
 
 def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
-    """Blurred and shrunk to `pixels` a side, in rows and columns 0 to pixels - 1.
+    """Blurred and shrunk to `pixels` a side (n x 1 x 1, not whole numbers).
 
-    pixels: n x 1 x 1, not whole numbers. The rows and columns beyond repeat the last one.
+    The result is still 32 x 32: the small image lies in the first ceil(pixels) rows and columns,
+    and those beyond repeat its last one.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)

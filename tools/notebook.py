@@ -569,7 +569,8 @@ def local_places() -> set[str]:
 def answers_table(notebook: NotebookNode) -> str:
     """The table of answers of an executed notebook, as Markdown.
 
-    It is the HTML table that the cell tagged `answers` shows. Raises SystemExit where none is.
+    It is the HTML table that the cell tagged `answers` shows. Raises SystemExit where that cell
+    shows none, ValueError where there is no such cell.
     """
     for output in only_tagged(notebook, "answers").outputs:
         rows = table_rows(output)
@@ -627,7 +628,7 @@ def fill_readme(readme: str, start: str, content: str, end: str) -> str:
 
 
 def print_results(executed: Path) -> None:
-    """Print the table of answers of an executed notebook. Raises SystemExit where none is."""
+    """Print the table of answers of an executed notebook. Raises as `answers_table`."""
     require_run_file(executed)
     print(answers_table(read(executed)))
 

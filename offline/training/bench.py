@@ -171,6 +171,7 @@ def rate(step: int, steps: int) -> float:
 
 def optimizers(model: nn.Module, recipe: ShortRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions behind the first, AdamW for the rest."""
+    # Not the first convolution: its images have one channel.
     inner = [weight for weight in model.parameters() if weight.ndim == 4 and weight.shape[1] > 1]
     chosen = {id(weight) for weight in inner}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]

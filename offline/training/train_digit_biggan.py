@@ -155,10 +155,7 @@ def initialize(model: BigGAN) -> None:
 
 
 def trainable_biggan(state: dict[str, Tensor] | None = None) -> BigGAN:
-    """The library's BigGAN at our size in train mode, with random weights or `state`.
-
-    (copy.deepcopy cannot copy a module with spectral norm once it has run.)
-    """
+    """The library's BigGAN at our size in train mode, with random weights or a copy of `state`."""
     model = untrained_digit_biggan()
     for module in model.modules():
         if isinstance(module, BigGANBatchNorm):
@@ -499,7 +496,6 @@ def train_and_test(model: nn.Module, train: utils.Split, test: utils.Split, epoc
 
     AdamW with one cycle, label smoothing 0.1, batches of 128, small random affine changes.
     """
-    torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     model = model.train().to(memory_format=torch.channels_last)
     steps = epochs * math.ceil(len(train) / 128)
@@ -580,6 +576,7 @@ def classification_accuracy_scores(model: BigGAN, test: RealImages) -> dict[str,
     scores = {}
     for role in CLASSES_OF:
         generated = generated_split(model, role, CAS_IMAGES)
+        torch.manual_seed(SEED)
         cnn = nn.Sequential(notebook.base_trunk(), notebook.task_head())
         real = notebook.gray(test.splits[role])  # leaves MNIST's one channel as it is
         accuracy = train_and_test(cnn, generated, real, CAS_EPOCHS)
