@@ -1873,9 +1873,10 @@ class Formula:
 class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
-    Tags of cells: LEFT_OUT_TAGS, hide-code (outputs only), appendix and claims (outputs in place, code
-    in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption (left
-    out, as the caption stands at the figure); claims, a dict of sentences and whether they hold.
+    Tags of cells: LEFT_OUT_TAGS, hide-code (outputs only), appendix and claims (outputs in place,
+    code in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption
+    (left out, as the caption stands at the figure); claims, a dict of sentences and whether they
+    hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
     "cell N: what".
     """
