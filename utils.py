@@ -1806,7 +1806,8 @@ STYLE = r"""
 #set par(justify: true, leading: 0.55em, spacing: 0.85em)
 #show heading: set block(above: 1.3em, below: 0.7em)
 #show link: set text(navy)
-#show quote: it => block(width: 100%, fill: luma(242), inset: 6pt, spacing: 8.5pt, it.body)
+#show quote: it => block(
+  width: 100%, fill: luma(242), inset: 6pt, spacing: 8.5pt, breakable: false, it.body)
 #show regex("\S{60,}"): it => it.text.replace(regex(".{8}"), part => part.text + sym.zws) // breaks
 #set figure(supplement: none, numbering: none)
 #show figure: set text(9pt)
