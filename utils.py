@@ -1352,10 +1352,10 @@ STAGE_MINUTES: dict[str, dict[str, float]] = {
         "1 (c) sharing": 4.0,
         "1 (c)": 20.0,
         "1 (d) recipes": 1.0,
-        "1 (d)": 7.4,
+        "1 (d)": 8.5,
         "1 (d) sizes": 3.2,
         "1 (e) variants": 3.6,
-        "1 (e)": 0.9,
+        "1 (e)": 2.5,
         "all else": 1.5,
     },
     "short": {

@@ -177,7 +177,8 @@ def test_results_of_c_are_each_heads_and_two_heads_minus_single(nb, tables, task
     assert result["handwritten"]["per_seed"] == pytest.approx([96, 98])
     assert result["street"]["per_seed"] == pytest.approx([92, 93])
     assert [result[role]["suggested_test_acc"] for role in tasks] == pytest.approx([90, 80])
-    assert [text.split()[0] for text in tables[0].iloc[:, -1]] == ["−1.00", "+2.00"]
+    assert [text.split()[0] for text in tables[0].iloc[:, -2]] == ["−1.00", "+2.00"]
+    assert list(tables[0].iloc[:, -1]) == ["−1.00, −1.00", "+2.00, +2.00"]
 
 
 def test_results_of_d_are_of_test_images(nb, tables, tasks):
@@ -190,7 +191,10 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
         small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
     given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": {}}
     given["SMALL_SETTINGS"] = {"baseline": setting, "selected": setting}
-    found = run_cell(nb, "# @title Results of (d)", **given)["small_acc"]
+    names = run_cell(nb, "# @title Results of (d)", **given)
+    found = names["small_acc"]
+    stored = names["results"]["few_samples"]["test_acc"]["baseline"]["two heads"]
+    assert stored == [pytest.approx([87]), pytest.approx([86])]
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]
     assert found["selected", "two heads"].tolist() == [pytest.approx([97, 96])]
     assert found["baseline", "two heads"].tolist() == [pytest.approx([87, 86])]

@@ -159,7 +159,7 @@ def test_few_samples_train_all_three_models_on_the_same_samples(nb):
     recipes = (nb.TUNED, nb.STREET)
     plan = utils.Plan("few", epochs=3, steps=2, seed=4)
     setting = nb.TwoTasks(splits, tests, recipes, "per domain")
-    few = nb.few_samples(setting, 50, seed=4)
+    few = nb.few_samples(setting, 50, seed=4, watched=True)
     trainings = nb.three_trainings(few, plan, ("x", "y"))
     both, both_plan = trainings["two heads"].args
     assert both == few
