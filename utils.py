@@ -582,7 +582,13 @@ def real_svhn(part: str) -> Split:
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
     files_needed = "train_32x32.mat and test_32x32.mat"
     hint = f"run again with an internet connection, or put {files_needed} into {root}"
-    return read_svhn(part, [fetch_first(f"SVHN ({part})", sources, hint, failures)])
+    path = fetch_first(f"SVHN ({part})", sources, hint, failures)
+    try:
+        return read_svhn(part, [path])
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(describe_failure(path, error)) from error
 
 
 # Stand-ins, and which data a run takes
