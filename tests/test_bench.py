@@ -55,7 +55,7 @@ def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
     assert estimate["seconds"] != 900.0 and estimate["seconds_are"] == "extrapolated"
 
 
-def test_the_readme_shows_the_first_record(bench):
+def test_the_readme_shows_the_records_of_the_first_ones_machine(bench):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     records = bench.load_records()
     assert bench.with_table(readme, [*records, run_record(machine="b")]) == readme

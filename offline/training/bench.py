@@ -11,7 +11,8 @@ process; the starter with one seed, ours with three, of which the median counts.
 
 The results go into bench.json beside this file: a list of records, one for each machine, arithmetic
 and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
-that was measured stays until --full measures it again. The first record is in the README's table.
+that was measured stays until --full measures it again. The README's table has the records of the
+first one's machine.
 
 The first record's starter may have pooled before its ReLU, as the notebook's network once did. That
 gives the same numbers in less time, so its ratio is too low if anything.
@@ -336,24 +337,26 @@ def compare(
     return {"starter": starter, "short": short, "ratio": starter["seconds"] / short["seconds"]}
 
 
-def table(record: dict[str, Any]) -> str:
-    """A run as a Markdown table."""
-    rows = [["data set", "the starter's 20 epochs", "ours", "ours in", "times less"]]
-    for name, found in record["data"].items():
-        starter, short = found["starter"], found["short"]
-        before = f"{starter['test_acc']:.2f} % in {starter['seconds']:,.0f} s"
-        if starter["seconds_are"] == "extrapolated":
-            before += " (extrapolated)"
-        after = f"{short['test_acc']:.2f} % in {short['seconds']:.1f} s"
-        epochs = f"{short['epochs']:g} epochs"
-        ratio = f"{found['ratio']:.0f}"
-        rows.append([name, before, f"{after}, {epochs}", record["arithmetic"], ratio])
+def table(records: list[dict[str, Any]]) -> str:
+    """Runs as a Markdown table, a row for each run and data set."""
+    rows = [["data set", "ours in", "the starter's 20 epochs", "ours", "times less"]]
+    for record in records:
+        for name, found in record["data"].items():
+            starter, short = found["starter"], found["short"]
+            before = f"{starter['test_acc']:.2f} % in {starter['seconds']:,.0f} s"
+            if starter["seconds_are"] == "extrapolated":
+                before += " (extrapolated)"
+            after = f"{short['test_acc']:.2f} % in {short['seconds']:.1f} s"
+            epochs = f"{short['epochs']:g} epochs"
+            ratio = f"{found['ratio']:.0f}"
+            rows.append([name, record["arithmetic"], before, f"{after}, {epochs}", ratio])
     return markdown_table(rows)
 
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    """The README's text with the table of the first record; other machines' runs add none."""
-    return fill_readme(readme, BENCH_START, table(records[0]), BENCH_END)
+    """The README's text with the table of the first record's machine; others' runs add no row."""
+    shown = [record for record in records if record["machine"] == records[0]["machine"]]
+    return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
 def save(records: list[dict[str, Any]]) -> None:
@@ -381,7 +384,7 @@ def main() -> None:
         found[data.name] = compare(data, records, kind, arguments.full)
     record = kind._asdict() | {"data": found}
     save(with_record(records, record))
-    print(table(record))
+    print(table([record]))
 
 
 if __name__ == "__main__":
