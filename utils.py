@@ -36,7 +36,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial, singledispatch
 from html import escape, unescape
 from importlib import import_module
@@ -331,10 +331,10 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # In a thread, as no time-out of a socket ends the wait for a name server. (Python's exit waits
-    # for the thread, until the system gives the name server up.)
+    # In a thread, as no time-out of a socket ends the wait for a name server: `result` waits for
+    # TIMEOUT. The socket's time-out, the longer one, only ends the thread, for which Python's exit
+    # waits.
     pool = ThreadPoolExecutor(max_workers=1)
-    # Its own time-out, the longer one, only ends the thread.
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
         answer.result(TIMEOUT).close()
@@ -348,7 +348,7 @@ def wait_for_answer(url: str) -> None:
 
 
 def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
-    """`fetch()`, once the server of `url` answers; a cut connection is tried a second time."""
+    """`fetch()`, once the server of `url` answers; a failed download is tried once more."""
     wait_for_answer(url)
     print(f"Downloading {url}", flush=True)
     with redirect_stderr(sys.stdout):  # progress bars
@@ -745,7 +745,7 @@ def short_reason(error: Exception) -> str:
     return lines[0]
 
 
-def load_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
+def fill_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
     """Fill `model`, the notebook's StreetClassifier, with trained weights, on `device`, eval mode.
 
     This project's weights; for real SVHN the starter's published ones first. Each is tried on 1,000
@@ -792,7 +792,7 @@ class ImageGenerator:
 def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
     """DeepMind's 'biggan-deep-256' or '-128' on ImageNet (Brock et al. 2019), about 0.2 GB.
 
-    Raises ImportError without pytorch-pretrained-biggan, DataError without the file, RuntimeError
+    Raises ImportError without one of its packages, DataError without the file, RuntimeError
     for a file that does not fit.
     """
     from pytorch_pretrained_biggan import BigGAN, BigGANConfig
@@ -854,13 +854,12 @@ def best_generator(
     """
     if name != "auto":
         return load_generator(name, device), ""
-    names = ["biggan-deep-256", "biggan-deep-128", "digits"]
-    reasons = []
-    if profile != "full" or setting("A3_DATA") == "embedded":
+    if profile == "full" and setting("A3_DATA") != "embedded":
+        names = ["biggan-deep-256", "biggan-deep-128", "digits"]
+        reasons = []
+    else:
         names = ["digits"]
-        reasons.append(
-            "BigGAN-deep is downloaded in a full run only, and not with A3_DATA=embedded"
-        )
+        reasons = ["BigGAN-deep is downloaded in a full run only, and not with A3_DATA=embedded"]
     for candidate in names:
         try:
             return load_generator(candidate, device), "; ".join(reasons)
@@ -945,7 +944,7 @@ _run = Run()
 def start_run(profile: str, *data_names: str) -> None:
     """Begin a run: forget the last one's times and stored trainings, and show the first line.
 
-    That line names the profile, data, machine and precision.
+    That line names the profile, data, machine, precision and number of trainings at a time.
     """
     global _run
     dtype = str(precision(default_device())).removeprefix("torch.")
@@ -1018,7 +1017,8 @@ class Checkpointer:
         self.training.model.load_state_dict(checkpoint["model"])
         self.training.optimizer.load_state_dict(checkpoint["optimizer"])
         self.training.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.training.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the training was not in fp16
+            self.training.scaler.load_state_dict(checkpoint["scaler"])
         return list(checkpoint["history"])
 
     def load(self) -> History:
@@ -1061,13 +1061,12 @@ def fit(
     The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
     handed over, so what is changed trains again. The device, its automatic precision, versions of
     packages and the code of `fit` itself do not count. An error or an interrupt loses the current
-    epoch, and of the finished ones those that ended within ten seconds of the last save.
+    epoch, and of the finished ones those of the last ten seconds.
 
     Raises FloatingPointError when the loss is not finite.
     """
-    # Functions that `fit` calls and that decide numbers; its own text does not count.
-    of_fit = [new_training, seed_torch, epoch_seed, setting("A3_PRECISION")]
-    key = fingerprint(train_epoch, model, batches, loss_fn, plan, of_fit)
+    helpers = [new_training, seed_torch, epoch_seed]  # what `fit` calls that decides numbers
+    key = fingerprint(train_epoch, model, batches, loss_fn, plan, helpers, setting("A3_PRECISION"))
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
@@ -1135,6 +1134,12 @@ def fingerprint(*parts: object) -> str:
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
 
+    def digest_of_items(part: object, items: list) -> bytes:
+        inner = [digest(item) for item in items]
+        if isinstance(part, set | frozenset):
+            inner.sort()
+        return b"".join(inner)
+
     def digest(part: object) -> bytes:
         if id(part) in digests:
             return digests[id(part)]
@@ -1142,10 +1147,7 @@ def fingerprint(*parts: object) -> str:
         digests[id(part)] = b"a part that contains itself"
         content = content_of(part)
         if isinstance(content, list):
-            inner = [digest(one) for one in content]
-            if isinstance(part, set | frozenset):
-                inner.sort()
-            content = b"".join(inner)
+            content = digest_of_items(part, content)
         kind = type(part).__qualname__.encode()
         digests[id(part)] = hashlib.sha256(kind + b":" + content).digest()
         return digests[id(part)]
@@ -1169,7 +1171,7 @@ def content_of(part: object) -> bytes | list:
         return []
     if isinstance(stored, str):
         return [stored]
-    # The items of an instance that is a list or a dict come as iterators.
+    # The items of a deque come as an iterator.
     return [list(one) if isinstance(one, Iterator) else one for one in stored]
 
 
@@ -1207,8 +1209,8 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # Of what every module has, the flag `training`, children and weights are listed below; hooks
-    # do not count. `attributes` is what the class itself added.
+    # `attributes` is what the class added to a bare nn.Module. Of the bare one, only its mode, its
+    # children and its weights count, not its hooks.
     of_every_module = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -1222,7 +1224,7 @@ def content_of_module(part: ModuleType) -> list:
 
 @content_of.register
 def content_of_property(part: property) -> list:
-    return [part.fget]
+    return [part.fget, part.fset, part.fdel]
 
 
 @content_of.register
@@ -1234,7 +1236,8 @@ def content_of_method(part: MethodType) -> list:
 def content_of_function(part: FunctionType) -> list:
     # Not part.__module__, which torch.no_grad() copies from the function that it decorates.
     if not is_ours(part.__globals__.get("__name__")):
-        return [part.__qualname__, getattr(part, "__wrapped__", None)]
+        module = part.__globals__.get("__name__")
+        return [module, part.__qualname__, getattr(part, "__wrapped__", None)]
     defaults = [part.__defaults__, part.__kwdefaults__]
     return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
 
@@ -1244,7 +1247,9 @@ def content_of_class(part: type) -> list:
     if not is_ours(part.__module__):
         return [part.__module__, part.__qualname__]
     members = {name: value for name, value in vars(part).items() if is_in_source(name, value)}
-    return [part.__qualname__, part.__bases__, members]
+    # No member shows the functions that make a dataclass's default values.
+    factories = [one.default_factory for one in fields(part)] if is_dataclass(part) else []
+    return [part.__qualname__, part.__bases__, members, factories]
 
 
 @content_of.register
@@ -1256,7 +1261,10 @@ def content_of_code(part: CodeType) -> list:
 
 
 def is_ours(module: str | None) -> bool:
-    """Whether a module is the project's own: not Python's and not an installed package's."""
+    """Whether a module is the project's own: not Python's and not an installed package's.
+
+    A package without a file of its own (a namespace package) counts as the project's.
+    """
     top = (module or "__main__").partition(".")[0]
     # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
     if top == "__main__":
@@ -1269,7 +1277,8 @@ def is_ours(module: str | None) -> bool:
 
 def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
-    if not name.startswith("__"):  # from the text, but for abc's; no class of ours is an Enum
+    if not name.startswith("__"):
+        # All such names stand in the text, except one that abc adds. Enum adds more; we have none.
         return name != "_abc_impl"
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
@@ -1311,7 +1320,7 @@ def names_used(code: CodeType) -> set[tuple[str, str]]:
 def used_globals(function: FunctionType) -> dict[str, object]:
     """The global values that `function` uses; of our modules, such as utils, only what it uses.
 
-    What it imports in its body is not followed.
+    Of a module within a module it has the name only. What it imports in its body is not followed.
     """
     values = {}
     for name, attribute in names_used(function.__code__):
@@ -1396,7 +1405,7 @@ def group_memory(folder: Path) -> float:
 
 
 def free_memory() -> float:
-    """Bytes that this process may still take: of the machine, and of each group it is in."""
+    """Bytes that this process may still take: the least that machine and control groups leave."""
     free = [psutil.virtual_memory().available]
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -1413,6 +1422,15 @@ def free_memory() -> float:
     return min(free)
 
 
+def memory_of_workers() -> int:
+    """Bytes that idle workers of the last trainings hold; the next trainings take them over."""
+    held = 0
+    for worker in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            held += worker.memory_info().rss
+    return held
+
+
 def n_jobs() -> int:
     """How many trainings run at once: A3_JOBS, else one on a GPU, else one on each core.
 
@@ -1424,7 +1442,7 @@ def n_jobs() -> int:
         return chosen
     if default_device().type == "cuda":
         return 1
-    fitting = int(free_memory() / MEMORY_OF_A_TRAINING)
+    fitting = int((free_memory() + memory_of_workers()) / MEMORY_OF_A_TRAINING)
     return max(1, min(available_cores(), fitting))
 
 
@@ -1436,7 +1454,6 @@ class Progress:
 
     def start(self, file: Path) -> None:
         """A task begins; `file` is its own."""
-        file.touch()
         self.file = file
 
     def advance(self, count: int, mark: bytes = TRAINED) -> None:
@@ -1500,6 +1517,14 @@ def execute(task: Callable[[], Result], name: str, file: Path) -> Result:
         torch.set_num_threads(threads)
 
 
+def is_cell(entry: tuple) -> bool:
+    """Whether an entry of linecache (size, time of the file, lines, name) is a cell, not a file.
+
+    A cell has no time. A shorter entry is one of a file that was not read yet.
+    """
+    return len(entry) == 4 and entry[1] is None
+
+
 def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
     """The results of prepared tasks, from `jobs` processes."""
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
@@ -1509,10 +1534,8 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
         job_reducers={CodeType: pack_code},
         result_reducers={CodeType: pack_code},
     )
-    # A notebook's cells are no files: workers need their text, for fingerprints. An entry is (size,
-    # time of the file, lines, name), the time None for a cell; a shorter one is not loaded yet.
-    cached = linecache.cache.items()
-    cells = {name: entry for name, entry in cached if len(entry) == 4 and entry[1] is None}
+    # A notebook's cells are no files: workers need their text, for fingerprints.
+    cells = {name: entry for name, entry in linecache.cache.items() if is_cell(entry)}
     waiting = list(tasks)
     running: dict[Future, Hashable] = {}
     results = {}
@@ -1588,7 +1611,7 @@ class StageDisplay:
         self.folder = folder
         self.started = time.perf_counter()
         self.timed_from = 0.0  # when the first epochs were seen
-        self.count_then = 0  # and how many there were
+        self.first_count = 0  # and how many there were; 0: none was seen yet
         self.text = f"{title}: stopped"  # the line that stays where `finish` is not reached
         self.ended = threading.Event()  # tells the thread
         self.thread = threading.Thread(target=self.follow, daemon=True)
@@ -1626,18 +1649,18 @@ class StageDisplay:
 
     def estimate(self, trained: int) -> None:
         """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
+        if trained == 0:
+            return
         now = time.perf_counter()
-        # Set anew at each tick until one sees an epoch, and then kept: the time before, in which
-        # the workers start, must not count as training.
-        if self.count_then == 0:
+        if self.first_count == 0:  # the time before, in which workers start, is no training
             self.timed_from = now
-            self.count_then = trained
-        timed = trained - self.count_then
+            self.first_count = trained
+        timed = trained - self.first_count
         if timed == 0 or timed < self.all_epochs / 10:
             return
         seconds_an_epoch = (now - self.timed_from) / timed
         before = self.timed_from - self.started
-        epochs_after = self.all_epochs - self.count_then  # all that end after timed_from
+        epochs_after = self.all_epochs - self.first_count  # all that end after timed_from
         tell_time(self.title, before + epochs_after * seconds_an_epoch)
 
     def finish(self, trainings: int) -> None:
@@ -1782,7 +1805,7 @@ def show_frame(
 def cell_text(value: object) -> str:
     """A table's cell: floats with two decimals, nothing for NaN, true minus signs."""
     if isinstance(value, float | np.floating):
-        value = "" if math.isnan(value) else f"{value:.2f}"
+        value = "" if math.isnan(value) else f"{value:z.2f}"
     # A hyphen that begins a number; those within words and ranges (1-2) stay.
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", str(value))
 

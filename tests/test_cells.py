@@ -177,7 +177,7 @@ def test_results_of_c_are_each_heads_and_two_heads_minus_single(nb, tables, task
     assert result["handwritten"]["per_seed"] == pytest.approx([96, 98])
     assert result["street"]["per_seed"] == pytest.approx([92, 93])
     assert [result[role]["suggested_test_acc"] for role in tasks] == pytest.approx([90, 80])
-    assert [text.split()[0] for text in tables[0].iloc[:, -2]] == ["−1.00", "+2.00"]
+    assert [text.split()[0] for text in tables[0].iloc[:, -3]] == ["−1.00", "+2.00"]
     assert list(tables[0].iloc[:, -1]) == ["−1.00, −1.00", "+2.00, +2.00"]
 
 

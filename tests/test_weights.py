@@ -60,27 +60,27 @@ def test_class_k_of_the_published_g_is_the_digit_k_plus_1_else_it_is_left_out(
     torch.save(state, tmp_path / "svhn.pth")
     monkeypatch.setattr(utils, "download_once", lambda *_: tmp_path / "svhn.pth")
     model = nb.StreetClassifier()
-    assert utils.load_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
+    assert utils.fill_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
     assert utils.percent_right(model, svhn.train, CPU) > 90
     assert not model.training
 
 
 def test_a_g_that_cannot_be_downloaded_is_told_in_one_line(nb, svhn, monkeypatch, capsys):
     monkeypatch.setattr(utils, "PUBLISHED_G_URLS", [NOWHERE])
-    assert "this project's" in utils.load_g(nb.StreetClassifier(), svhn, CPU)
+    assert "this project's" in utils.fill_g(nb.StreetClassifier(), svhn, CPU)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith("svhn-f564f3d8.pth could not be downloaded.")
 
 
 def test_the_published_g_is_not_asked_for_with_a_stand_in(nb, svhn, monkeypatch):
     monkeypatch.setattr(utils, "load_published_g", lambda _: pytest.fail("downloaded"))
-    assert utils.load_g(nb.StreetClassifier(), replace(svhn, real=False), CPU)
+    assert utils.fill_g(nb.StreetClassifier(), replace(svhn, real=False), CPU)
 
 
 def test_a_g_that_reads_other_labels_has_no_origin(nb, svhn):
     reversed_labels = utils.Split(svhn.train.images, 9 - svhn.train.labels)
     data = replace(svhn, train=reversed_labels, real=False)
-    assert utils.load_g(nb.StreetClassifier(), data, CPU) is None
+    assert utils.fill_g(nb.StreetClassifier(), data, CPU) is None
 
 
 def test_a_g_that_is_not_the_recorded_file_has_no_origin(nb, svhn, monkeypatch, tmp_path):
@@ -90,7 +90,7 @@ def test_a_g_that_is_not_the_recorded_file_has_no_origin(nb, svhn, monkeypatch, 
     (tmp_path / "weights" / OUR_G.name).write_bytes(OUR_G.read_bytes())
     (tmp_path / "weights" / "street_classifier.json").write_text(changed, encoding="utf-8")
     monkeypatch.setattr(utils, "OFFLINE", tmp_path)
-    assert utils.load_g(nb.StreetClassifier(), replace(svhn, real=False), CPU) is None
+    assert utils.fill_g(nb.StreetClassifier(), replace(svhn, real=False), CPU) is None
 
 
 def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch):

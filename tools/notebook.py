@@ -64,7 +64,7 @@ if not ours.exists():
 elif ours.read_text(encoding="utf-8") != UTILS:
     print(
         "The utils.py in this folder differs from this copy, and is the one used; "
-        "delete it and run all cells again to use this copy."
+        "to use this copy, delete it, restart the kernel and run all cells."
     )
 sys.path.insert(0, str(ours.parent))
 importlib.invalidate_caches()
@@ -325,8 +325,10 @@ def run_notebook(output: Path) -> None:
     """Execute the notebook in the project's folder; stop at the first error.
 
     The notebook is saved as far as it came. What it writes goes beside `output`: checkpoints and
-    figures into runs/ (or A3_RUNS). Raises SystemExit that names the cell that failed.
+    figures into runs/ (or A3_RUNS). Raises SystemExit that names the cell that failed, or says that
+    utils.py changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
     """
+    helpers = helpers_now()
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -338,9 +340,10 @@ def run_notebook(output: Path) -> None:
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
     )
-    runs = os.environ.get("A3_RUNS") or str(output.parent / "runs")
+    runs = runs_of(output)
+    shutil.rmtree(runs / "figures", ignore_errors=True)  # those of an earlier run
     try:
-        client.execute(cwd=str(ROOT), env=os.environ | {"A3_RUNS": runs})
+        client.execute(cwd=str(ROOT), env=os.environ | {"A3_RUNS": str(runs)})
     except nbclient.exceptions.CellExecutionError as error:
         raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
     finally:
@@ -349,7 +352,20 @@ def run_notebook(output: Path) -> None:
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
+    if helpers_now() != helpers:
+        raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
+
+
+def runs_of(executed: Path) -> Path:
+    """Where a run puts its checkpoints and figures: A3_RUNS, else runs/ beside the notebook."""
+    return Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
+
+
+def helpers_now() -> bytes:
+    """The content of utils.py, which workers import anew at each step; nothing where it is not."""
+    path = ROOT / "utils.py"
+    return path.read_bytes() if path.exists() else b""
 
 
 def clear_outputs(notebook: NotebookNode) -> NotebookNode:
@@ -419,7 +435,7 @@ def publish(executed: Path) -> None:
     imports at its top); and claims, which are then evaluated again from the run's results. Raises
     SystemExit with every reason why a run cannot be published.
     """
-    figures = Path(os.environ.get("A3_RUNS") or executed.parent / "runs") / "figures"
+    figures = runs_of(executed) / "figures"
     for path in (executed, figures / "results.json"):
         require_run_file(path)
     committed, run = read(NOTEBOOK), read(executed)
@@ -607,8 +623,8 @@ def readme_with(table: str, results: dict[str, Any]) -> str:
         for data in results["data"].values()
     ]
     facts.append(
-        f"One run of {run_facts['wall_seconds'] / 60:.0f} minutes in one piece, "
-        f"{run_facts['jobs']} trainings at once: {results['machine']}"
+        f"One run of {run_facts['wall_seconds'] / 60:.0f} minutes in one piece on "
+        f"{results['machine']}; trainings at a time: {run_facts['jobs']}"
     )
     notes = "\n".join(f"- {fact}." for fact in facts)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
