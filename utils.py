@@ -1816,12 +1816,12 @@ COURSE = "COMP 499/691, Special Topics: Deep Learning"
 NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": "0.15.0"}
 # Cells with these tags are left out; of the name cell ("submission") the head shows the values.
 LEFT_OUT_TAGS = {"hide-pdf", "install", "helper-module", "export", "submission"}
+# A cell that assigns NAME and, on a later line, STUDENT_NUMBER.
 NAME_CELL = re.compile(r"(?m)^NAME *=(.*\n)*?STUDENT_NUMBER *=")
 IMAGES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
 NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
-WRAPPERS = (
-    ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"  # nbconvert's, around all
-)
+# What nbconvert wraps around everything.
+WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # shown of an output of more than 40
 PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without glyphs
@@ -1862,7 +1862,7 @@ STYLE = r"""
   // The first lines stay together, so that none is alone at a page's foot.
   let lines = it.lines.map(line => block(sticky: line.number < 4,
     par(hanging-indent: hanging(line), line + sym.zws)))
-  // Code has a language and is gray; an output has none and is white.
+  // A cell's code has a language and is gray; all else is white.
   block(width: 100%, inset: (x: 5pt, y: 4pt), stroke: (left: 1pt + luma(205)),
     fill: if it.lang != none { luma(246) }, breakable: lines.len() > 16, lines.join())
 }
@@ -1911,16 +1911,10 @@ class TypstPDFExporter(HTMLExporter):
     "cell N: what".
     """
 
-    export_from_notebook = "PDF (Typst)"
-
     @property
     def default_config(self) -> Config:
-        """nbconvert's settings: cells left out by tags, HTML as pandoc reads it."""
-        remove = {
-            "enabled": True,
-            "remove_cell_tags": LEFT_OUT_TAGS,
-            "remove_input_tags": {"hide-code"},
-        }
+        """nbconvert's settings: code left out by a tag, HTML as pandoc reads it."""
+        remove = {"enabled": True, "remove_input_tags": {"hide-code"}}
         prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
         ours = Config(
             TagRemovePreprocessor=remove,
@@ -1966,6 +1960,8 @@ class TypstPDFExporter(HTMLExporter):
         """The parts of the body and of the appendix."""
         body, appendix = [], []
         for number, cell in enumerate(self.nb.cells, 1):
+            if LEFT_OUT_TAGS & set(cell.metadata.tags):
+                continue
             self.cell_number = number  # for mark_formula, which nbconvert calls
             if cell.cell_type == "code":
                 self.keep_printable_outputs(number, cell)
@@ -1981,20 +1977,22 @@ class TypstPDFExporter(HTMLExporter):
 
     def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
+        # The order counts: the code goes out first, as tidy takes each <pre> for an output, and the
+        # wrappers last, as tidy looks for those of outputs.
         soup = BeautifulSoup(self.cell_html(number, cell), "html.parser")
-        # The code goes out before tidy, which treats each <pre> as an output, and comes back after.
         code = soup.select_one("div.input")
         listing = code_listing(code.extract().get_text()) if code else ""
         part = Part(number, soup)
-        self.tidy(part)  # before the wrappers go: it looks whether a <pre> is in an output
+        self.tidy(part)
         for wrapper in soup.select(WRAPPERS):
             wrapper.unwrap()
         return part, BeautifulSoup(listing, "html.parser")
 
     def keep_printable_outputs(self, number: int, cell: NotebookNode) -> None:
-        """Leave to a code cell the outputs, and of each the form, that the PDF shows."""
+        """Leave to a code cell what the PDF shows of its outputs; note claims that do not hold."""
         cell.outputs = [output for output in cell.outputs if is_printed(output)]
         for output in cell.outputs:
+            self.note_claims(number, output.get("metadata", {}).get("claims", {}))
             self.keep_one_form(number, output)
 
     def cell_html(self, number: int, cell: NotebookNode) -> str:
@@ -2008,9 +2006,8 @@ class TypstPDFExporter(HTMLExporter):
             return f"<pre>{escape(cell.source)}</pre>"
 
     def keep_one_form(self, number: int, output: NotebookNode) -> None:
-        """Leave to an output the one form of its data that the PDF shows; note failed claims."""
+        """Leave to an output the one form of its data that the PDF shows."""
         data, about = output.get("data", {}), output.get("metadata", {})
-        self.note_claims(number, about.get("claims", {}))
         soup = BeautifulSoup(data.get("text/html", ""), "html.parser")
         for tag in soup(["script", "style"]):
             tag.decompose()
@@ -2173,7 +2170,9 @@ class TypstPDFExporter(HTMLExporter):
             text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
         except RuntimeError:  # from a macro that never ends
             text = pandoc("\n\n".join([OUR_MACROS, *numbered]), "markdown+latex_macros")
-        text = re.sub(r"\bsect\b", "inter", text.replace(".circle", ".o"))  # Typst's newer names
+        newer = {"sect": "inter", ".circle": ".o"}  # Typst's names; what is quoted is text
+        names = r'"[^"]*"|\bsect\b|\.circle\b'
+        text = re.sub(names, lambda found: newer.get(found[0], found[0]), text)
         # An answer is a paragraph: 12 $ x + y $
         answers = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
         for number, formula in enumerate(self.formulas):
@@ -2427,9 +2426,12 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
 
 def with_output_fields(output: NotebookNode) -> NotebookNode:
     """An output with the fields that some lack or leave empty."""
-    words = f"{output.get('ename')}: {output.get('evalue')}"
-    of_kind = {"stream": {"name": "stdout", "text": ""}, "error": {"traceback": [words]}}
-    defaults = of_kind.get(output.output_type, {"data": {}, "metadata": {}})
+    if output.output_type == "stream":
+        defaults = {"name": "stdout", "text": ""}
+    elif output.output_type == "error":
+        defaults = {"traceback": [f"{output.get('ename')}: {output.get('evalue')}"]}
+    else:
+        defaults = {"data": {}, "metadata": {}}
     present = {name: value for name, value in output.items() if value}
     return NotebookNode({**defaults, **present})
 
@@ -2476,19 +2478,15 @@ def colab_notebook() -> tuple[Path, NotebookNode] | None:
 def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
     """A notebook's file: `path`, else the one that the kernel knows, else the folder's only one."""
     here = sorted(Path.cwd().glob("*.ipynb"))
-    if not path:
-        known = [
-            vars(sys.modules["__main__"]).get("__vsc_ipynb_file__"),
-            os.getenv("JPY_SESSION_NAME"),
-        ]
-        files = [Path(name) for name in known if name and Path(name).is_file()]
-        if not files and len(here) == 1:
-            files = here
-        path = files[0] if files else None
-    if not path:
+    known = [vars(sys.modules["__main__"]).get("__vsc_ipynb_file__"), os.getenv("JPY_SESSION_NAME")]
+    named = [Path(name) for name in known if name and Path(name).is_file()]
+    only = here if len(here) == 1 else []
+    candidates = [path] if path else named or only
+    if not candidates:
         raise FileNotFoundError(
             f"Which of {[file.name for file in here]} is this notebook? Save it, then call "
             "utils.export_pdf(Path('FILE.ipynb')). In Colab, get the file by File > Download > "
             ".ipynb and upload it."
         )
+    path = candidates[0]
     return path, nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)

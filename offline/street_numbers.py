@@ -1,4 +1,4 @@
-"""Rendered street numbers, the stand-in for SVHN where its files are not and cannot be downloaded.
+"""Rendered street numbers: the stand-in for SVHN where that cannot be had.
 
 The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 4): font glyphs
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
@@ -48,7 +48,7 @@ FONT_FAMILIES = {
     "Computer Modern Typewriter": (("cmtt10.ttf", _PLAIN),),
 }
 
-NUMBER_LENGTHS = (0.08, 0.42, 0.34, 0.16)  # shares of the digits in numbers of length 1, 2, 3, 4
+_LENGTH_SHARES = (0.08, 0.42, 0.34, 0.16)  # shares of the digits in numbers of length 1, 2, 3, 4
 
 _SIZE = 32  # pixels of a crop's side
 _FIELD_SAMPLES = 64  # along each side of a glyph's distance field
@@ -153,7 +153,7 @@ def _random_sign(rng: torch.Generator, n: int) -> _Sign:
 def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5)."""
     n = len(labels)
-    share = torch.tensor(NUMBER_LENGTHS)
+    share = torch.tensor(_LENGTH_SHARES)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
     target_place = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
     places = target_place[:, None] + torch.arange(-2, 3)
@@ -174,7 +174,7 @@ class _Faces(NamedTuple):
     chosen: Tensor  # n, the face of each crop
 
 
-def _choose_faces(rng: torch.Generator, n: int) -> _Faces:
+def _faces_with_choice(rng: torch.Generator, n: int) -> _Faces:
     """All faces, and one for each crop; a family's chance grows as the root of its face count."""
     family_of, glyphs = [], []
     for number, family in enumerate(FONT_FAMILIES.values()):
@@ -202,9 +202,10 @@ def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places
     n = len(half)
     gap = _uniform(rng, -0.02, 0.2, n, 1) + 0.1 * _normal(rng, 1.0, n, 1).clamp(min=0)
     step = half[:, :-1] + half[:, 1:] + gap  # between neighboring centers
-    before, after = -step[:, 1:2], step[:, 2:3]  # centers of the two neighbors
+    far_left, near_left, near_right, far_right = step.split(1, dim=1)
+    target = torch.zeros(n, 1)
     center = torch.cat(
-        [before - step[:, :1], before, torch.zeros(n, 1), after, after + step[:, 3:]], dim=1
+        [-near_left - far_left, -near_left, target, near_right, near_right + far_right], dim=1
     )
     stairs = torch.arange(-2, 3) * _normal(rng, 0.15, n, 1) * _chance(rng, 0.1, n, 1)
     drop = _normal(rng, 0.02, n, 5) + stairs
@@ -226,7 +227,7 @@ class _Number(NamedTuple):
 def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
-    faces = _choose_faces(rng, n)
+    faces = _faces_with_choice(rng, n)
     digits, exists = _choose_digits(rng, labels)
     stretch = 0.85 * _normal(rng, 0.25, n, 1).exp().clamp(0.5, 1.5)
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
@@ -285,10 +286,10 @@ def _mix(below: Tensor, above: Tensor, cover: Tensor) -> Tensor:
     return torch.lerp(below.expand(-1, -1, _SIZE, _SIZE), above, cover.unsqueeze(1))
 
 
-def _shift(field: Tensor, du: Tensor, dv: Tensor) -> Tensor:
-    """The field moved by (du, dv) in half images (n x 1 x 1 each)."""
+def _shift(field: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """The field moved by (dx, dy) in half images (n x 1 x 1 each)."""
     x, y = _pixel_grid()
-    grid = torch.stack([x - du, y - dv], dim=-1)
+    grid = torch.stack([x - dx, y - dy], dim=-1)
     return F.grid_sample(field.unsqueeze(1), grid, padding_mode="border", align_corners=False)[:, 0]
 
 
@@ -353,14 +354,14 @@ def _add_relief(
     n = len(field)
     reach = _uniform(rng, 0.04, 0.22, n, 1, 1)
     towards = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
-    du, dv = reach * towards.cos(), reach * towards.sin()
+    dx, dy = reach * towards.cos(), reach * towards.sin()
     softness = _uniform(rng, 0.3, 1.0, n, 1, 1)
-    shadow = torch.maximum(_shift(field, du, dv), _shift(field, du / 2, dv / 2))
+    shadow = torch.maximum(_shift(field, dx, dy), _shift(field, dx / 2, dy / 2))
     shadow = _coverage(shadow * scale * softness) * _uniform(rng, 0.2, 0.9, n, 1, 1)
     shade = _colors(rng, n, (ground_level * _uniform(rng, 0.1, 0.8, n)).clamp(0, 1))
     paint = _mix(paint, shade, shadow * _chance(rng, 0.35, n, 1, 1))
 
-    glint = _coverage(_shift(field, -du / 2, -dv / 2) * scale) * _chance(rng, 0.15, n, 1, 1)
+    glint = _coverage(_shift(field, -dx / 2, -dy / 2) * scale) * _chance(rng, 0.15, n, 1, 1)
     lit = _colors(rng, n, 1 - (1 - ground_level) * _uniform(rng, 0.2, 0.9, n))
     return _mix(paint, lit, glint * _uniform(rng, 0.2, 0.9, n, 1, 1))
 
@@ -432,8 +433,9 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tens
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
     ratio = _SIZE / pixels
-    row = torch.minimum(i.view(1, -1, 1), (pixels - 1).ceil())
-    offset = i.view(1, 1, -1) - ((row + 0.5) * ratio - 0.5)
+    row = torch.minimum(i.view(1, -1, 1), (pixels - 1).ceil())  # of the small image
+    middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the large image
+    offset = i.view(1, 1, -1) - middle
     blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
     smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
 
@@ -551,6 +553,8 @@ def cache_key() -> list[str]:
     """What decides how a crop looks: this file's text, comments too, and versions of libraries."""
     import matplotlib
     import PIL
+    import scipy
 
     code = Path(__file__).read_text(encoding="utf-8")
-    return [code, matplotlib.__version__, PIL.__version__, torch.__version__]
+    libraries = (matplotlib, PIL, scipy, torch)
+    return [code, *(library.__version__ for library in libraries)]

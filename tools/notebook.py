@@ -441,12 +441,14 @@ def publish(executed: Path) -> None:
     committed, run = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
     faults = output_faults(run)
+    if not shows_duration(run, results):
+        faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     else:
         take_outputs(committed, run)
         if sources(tagged(committed, "claims")) != sources(tagged(run, "claims")):
-            judge_claims(committed, results)
+            results["claims"] = judge_claims(committed, results)
     faults += results_faults(results)
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
@@ -455,9 +457,16 @@ def publish(executed: Path) -> None:
     save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
-    results_text = json.dumps(results, indent=1) + "\n"  # its claims may be judged anew
+    results_text = json.dumps(results, indent=1) + "\n"
     (ROOT / "figures" / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+
+
+def shows_duration(run: NotebookNode, results: dict[str, Any]) -> bool:
+    """Whether the notebook of a run shows the minutes that its results tell."""
+    words = f"One run of {results['run']['wall_seconds'] / 60:.1f} minutes"
+    outputs = [output for cell in code_cells(run) for output in cell.outputs]
+    return any(words in text for output in outputs for text in texts_of(output))
 
 
 def require_run_file(path: Path) -> None:
@@ -502,11 +511,11 @@ def take_outputs(committed: NotebookNode, executed: NotebookNode) -> None:
         cell.execution_count = executed_cell.execution_count
 
 
-def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> None:
-    """Evaluate the claims of `notebook` from the results of a run.
+def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, bool]:
+    """The claims of `notebook`, evaluated from the results of a run; their table is shown anew.
 
-    The cells tagged `claims` may use `results`, `claims` and what `begin` imports. Changes
-    results["claims"] and the output of the cell tagged `claims-table`.
+    The cells tagged `claims` may use `results`, `claims` and what `begin` imports. The cell tagged
+    `claims-table` gets a new output.
     """
     begin = (
         f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
@@ -521,7 +530,7 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> None:
     client.execute(cwd=str(ROOT))
     *_, judged, printed = trial.cells
     table.outputs = judged.outputs
-    results["claims"] = json.loads(printed.outputs[0].text)
+    return json.loads(printed.outputs[0].text)
 
 
 def results_faults(results: dict[str, Any]) -> list[str]:

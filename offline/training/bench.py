@@ -27,6 +27,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -40,10 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from tools.notebook import ROOT, fill_readme, load_definitions, markdown_table
+from offline.training.common import CPU, notebook, write_text
+from tools.notebook import ROOT, fill_readme, markdown_table
 
-CPU = torch.device("cpu")
-notebook = load_definitions()
 notebook.device = CPU  # where its Loader puts the images: the bench uses no GPU
 
 RESULTS = Path(__file__).with_name("bench.json")
@@ -59,6 +61,7 @@ TIMED_IMAGES = 6_000  # of the starter's epoch, where its time is extrapolated
 class Kind(NamedTuple):
     """What the seconds depend on. A record of bench.json has these fields, and "data"."""
 
+    processor: str
     machine: str
     arithmetic: str
     threads: int
@@ -277,9 +280,17 @@ def arithmetic() -> str:
     return f"{number_format}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def processor() -> str:
+    """The processor's name: 'AMD EPYC'."""
+    facts = Path("/proc/cpuinfo")  # of Linux; elsewhere Python knows it
+    text = facts.read_text(encoding="utf-8") if facts.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.processor()
+
+
 def this_kind(threads: int) -> Kind:
     """The kind of a run on this machine."""
-    return Kind(utils.machine(), arithmetic(), threads)
+    return Kind(processor(), utils.machine(), arithmetic(), threads)
 
 
 def kind_of(record: dict[str, Any]) -> Kind:
@@ -355,14 +366,18 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     """The README's text with the table of the first record's machine; others' runs add no row."""
-    shown = [record for record in records if record["machine"] == records[0]["machine"]]
+    first = kind_of(records[0])
+    shown = []
+    for record in records:
+        kind = kind_of(record)
+        if (kind.processor, kind.machine) == (first.processor, first.machine):
+            shown.append(record)
     return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
 def save(records: list[dict[str, Any]]) -> None:
     """Write bench.json and the README's table."""
-    text = json.dumps(records, indent=1) + "\n"
-    utils.write_atomically(RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(RESULTS, json.dumps(records, indent=1) + "\n")
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
@@ -371,16 +386,15 @@ def main() -> None:
     """Compare on real MNIST and real SVHN, store the results and print their table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="train the starter's 20 epochs")
-    parser.add_argument("--threads", type=int, default=min(2, utils.available_cores()))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    kind = this_kind(arguments.threads)
+    os.environ.update(A3_PROFILE="full", A3_DATA="real")
+    threads = min(2, utils.available_cores())
+    torch.set_num_threads(threads)
+    kind = this_kind(threads)
     records = load_records()
     found = {}
     for load in (utils.load_mnist, utils.load_svhn):
         data = load()
-        if not data.real:
-            raise SystemExit("The bench needs real MNIST and real SVHN: see A3_DATA_ROOT.")
         found[data.name] = compare(data, records, kind, arguments.full)
     record = kind._asdict() | {"data": found}
     save(with_record(records, record))

@@ -1,4 +1,4 @@
-"""What both scripts that train the committed weights need."""
+"""What the scripts of this folder share."""
 
 from __future__ import annotations
 

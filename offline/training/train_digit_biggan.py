@@ -26,6 +26,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ from offline.training.common import CPU, describe_size, notebook, round_and_save
 
 CLASSES = len(DIGIT_CLASSES)
 # The classes of each data set, by its role in the notebook.
-CLASSES_OF = {"street": slice(0, 10), "handwritten": slice(10, 20)}
+FIRST_CLASS = {"street": 0, "handwritten": 10}  # of the ten of each data set
 STREET_BATCH = 40  # more than of the other set: SVHN is the harder one
 HANDWRITTEN_BATCH = 24
 BATCH = STREET_BATCH + HANDWRITTEN_BATCH
@@ -109,7 +110,7 @@ class RealImages:
         split = self.splits[role]
         index = torch.randint(len(split), (count,), generator=generator)
         images = utils.to_float(split.images[index]).expand(-1, 3, -1, -1)
-        return images, split.labels[index] + CLASSES_OF[role].start
+        return images, split.labels[index] + FIRST_CLASS[role]
 
     def batch(self, counts: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """So many random images of each set, in the order of `counts`, and their classes."""
@@ -414,7 +415,7 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
 
 
 @torch.no_grad()
-def standing_statistics(model: BigGAN, rows: range, per_class: int) -> None:
+def standing_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
     The same noise directions serve every row, so the tables vary smoothly with the truncation.
@@ -482,8 +483,8 @@ def quality(
     reference: features of real training images by role; as many images are generated.
     """
     result = {}
-    for role, classes in CLASSES_OF.items():
-        labels = torch.arange(classes.start, classes.stop).repeat(len(reference[role]) // 10)
+    for role, first in FIRST_CLASS.items():
+        labels = first + torch.arange(10).repeat(len(reference[role]) // 10)
         images = sample(model, labels, truncation, seed=11)
         features, right = features_and_right(classifier, images, labels)
         result[f"recognized_{role}"] = round(right, 2)
@@ -518,7 +519,7 @@ def train_and_test(model: nn.Module, train: utils.Split, test: utils.Split, epoc
 def generated_split(model: BigGAN, role: str, count: int) -> utils.Split:
     """`count` generated images of one role at truncation 1, gray, labels 0 to 9."""
     digits = torch.arange(10).repeat(count // 10)
-    images = sample(model, digits + CLASSES_OF[role].start, 1.0, seed=23)
+    images = sample(model, digits + FIRST_CLASS[role], 1.0, seed=23)
     rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return notebook.gray(utils.Split(rounded, digits))
 
@@ -531,7 +532,7 @@ def reference_features(
     The distance is that of training to test images: what a perfect generator would come to.
     """
     reference, facts = {}, {}
-    for role in CLASSES_OF:
+    for role in FIRST_CLASS:
         train_batch = parts["train"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(3))
         test_batch = parts["test"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(4))
         reference[role], train_right = features_and_right(classifier, *train_batch)
@@ -551,7 +552,7 @@ def measure_snapshots(
         entry: dict = {"step": int(path.stem.partition("-")[2])}
         for name, state in torch.load(path, weights_only=True).items():
             model = trainable_biggan(state)
-            standing_statistics(model, range(50, 51), per_class=40)
+            standing_statistics(model, [50], per_class=40)  # truncation 1 alone
             entry[name] = quality(model, classifier, reference, 1.0)
         entries.append(entry)
         print(json.dumps(entry), flush=True)
@@ -574,7 +575,7 @@ def save_final(
 def classification_accuracy_scores(model: BigGAN, test: RealImages) -> dict[str, float]:
     """Percent of real test digits read by the notebook's CNN, trained on generated ones alone."""
     scores = {}
-    for role in CLASSES_OF:
+    for role in FIRST_CLASS:
         generated = generated_split(model, role, CAS_IMAGES)
         torch.manual_seed(SEED)
         cnn = nn.Sequential(notebook.base_trunk(), notebook.task_head())
@@ -628,7 +629,7 @@ def main() -> None:
     if checkpoint.exists():
         trainer.load(checkpoint)
         if trainer.step > steps:
-            raise SystemExit(f"{checkpoint} is at step {trainer.step} already: delete it first.")
+            raise SystemExit(f"{runs} holds {trainer.step} steps: delete that folder first.")
         print(f"going on from step {trainer.step}", flush=True)
     train(trainer, train_images, steps, runs)
 
