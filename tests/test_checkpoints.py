@@ -20,10 +20,11 @@ from small_training import checkpoints, make_model, train, watch
 import utils
 
 STUDENT = """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 import utils
 
 SHIFT = 0.5
@@ -33,6 +34,18 @@ SCALES = {"images": [1.0, 2.0]}
 @dataclass(frozen=True)
 class Recipe:
     smoothing: float = 0.1
+
+@dataclass
+class Options:
+    steps: list = field(default_factory=lambda: [1, 2])
+
+    @property
+    def last(self):
+        return self.steps[-1]
+
+    @last.setter
+    def last(self, value):
+        self.steps[-1] = value
 
 class Net(nn.Module):
     def __init__(self, scale=2.0):
@@ -76,7 +89,7 @@ def add_noise(images, generator):
     return images + SHIFT * scale(torch.randn(images.shape, generator=generator))
 
 def power(x, exponent=EXPONENT):
-    return chosen(x) ** exponent
+    return chosen(normalize(x)) ** exponent * Options().last
 
 def loss_fn(model, batch, smoothing):
     return power(model(batch)).mean() * SCALES["images"][1] + smoothing, {}
@@ -119,13 +132,16 @@ def student_key(folder, text):
         ("images + SHIFT", "images - SHIFT"),  # the augmentation
         ("SHIFT = 0.5", "SHIFT = 0.25"),  # a constant that it uses
         ("[1.0, 2.0]", "[1.0, 2.5]"),  # a constant within a dict
-        ("chosen(x) ** exponent", "exponent ** chosen(x)"),  # a function that a called one calls
+        ("** exponent *", "/ exponent *"),  # a function that a called one calls
         ("EXPONENT = 2", "EXPONENT = 3"),  # the value of a default
         ("times(3.0)", "times(4.0)"),  # a value that a function encloses
         ("chosen = first", "chosen = second"),  # another lambda of the same line
         ("return images + 0", "return images - 0"),  # an inherited method
         ("return number", "return -number"),  # a special method
         ("return object.__new__(cls)", "return super().__new__(cls)"),  # a static one
+        ("[1, 2]", "[1, 3]"),  # what makes a default value
+        ("self.steps[-1] = value", "self.steps[0] = value"),  # what sets a property
+        ("torch.nn.functional import", "torchvision.transforms.functional import"),  # a namesake
         ("smoothing: float = 0.1", "smoothing: float = 0.2"),  # a recipe
         ("    @torch.no_grad()\n", ""),  # a decorator
         ("arange(12.0)", "arange(12.0).flip(0)"),  # the data

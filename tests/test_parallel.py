@@ -1,7 +1,10 @@
 """Trainings side by side: the same numbers, named errors, one line."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +14,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from small_training import train_and_name_process
+from small_training import train, train_and_name_process
 
 import utils
 
@@ -63,7 +66,7 @@ def test_in_this_process_order_threads_and_the_line_that_stays(monkeypatch, caps
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert "stage: 2 trainings in 0 s\n" in capsys.readouterr().out
+    assert re.search(r"stage: 2 trainings in \d+ s\n", capsys.readouterr().out)
     assert utils.stage_seconds()["stage"] >= 0.2
     assert run({}, monkeypatch, jobs=1) == {}
 
@@ -135,6 +138,22 @@ def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
     assert utils.n_jobs() == 1
     monkeypatch.setenv("A3_JOBS", "3")
     assert utils.n_jobs() == 3
+
+
+def test_what_idle_workers_hold_is_free_for_the_next_trainings(monkeypatch):
+    before = utils.memory_of_workers()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE):
+        assert utils.memory_of_workers() > before
+    monkeypatch.setattr(utils, "available_cores", lambda: 8)
+    monkeypatch.setattr(utils, "free_memory", lambda: 0)
+    monkeypatch.setattr(utils, "memory_of_workers", lambda: 3 * utils.MEMORY_OF_A_TRAINING)
+    assert utils.n_jobs() == 3
+
+
+def test_a_temporary_folder_that_vanished_costs_the_bar_alone(tmp_path):
+    _, history = utils.execute(partial(train, epochs=1), "noise", tmp_path / "gone" / "0")
+    assert len(history) == 1
+    assert utils.epoch_marks(tmp_path / "gone") == []
 
 
 @pytest.fixture

@@ -59,6 +59,17 @@ def test_a_run_works_in_the_project_and_writes_beside_its_output(project):
     assert cell.outputs[0].text == f"{project} {project / 'build' / 'runs'}\n"
 
 
+def test_a_run_drops_older_figures_and_stops_where_utils_changed_meanwhile(project):
+    figures = project / "build" / "runs" / "figures"
+    figures.mkdir(parents=True)
+    (figures / "old.svg").touch()
+    (project / "utils.py").touch()
+    run_cells(project, code("1"))
+    assert not figures.exists()
+    with pytest.raises(SystemExit, match=r"utils\.py changed during the run"):
+        run_cells(project, code("open('utils.py', 'w').write('x = 1')"))
+
+
 TABLE = "<table><tr><th>test</th><th>MNIST</th></tr><tr><td>b</td><td>99.6</td></tr></table>"
 RESULTS = {
     "profile": "full",
@@ -69,7 +80,7 @@ RESULTS = {
 }
 
 
-def executed_cells(printed="fine"):
+def executed_cells(printed="One run of 10.0 minutes on 2 cores."):
     table = nbformat.v4.new_output("display_data", {"text/html": TABLE})
     stream = nbformat.v4.new_output("stream", text=printed)
     return [
@@ -111,7 +122,7 @@ def test_publish_makes_a_run_the_committed_one(project, run_of):
     assert "- SVHN: 73,257 training and 6,000 test images.\n" in readme
     assert {path.name for path in (project / "figures").iterdir()} == {"new.svg", "results.json"}
     show, say, text = tool.read(tool.NOTEBOOK).cells
-    assert show.outputs and say.outputs[0].text == "fine" and say.execution_count == 2
+    assert show.outputs and "10.0 minutes" in say.outputs[0].text and say.execution_count == 2
     assert text.source == "text, corrected"
 
 
@@ -121,6 +132,7 @@ def test_publish_makes_a_run_the_committed_one(project, run_of):
         ({"profile": "short"}, "the profile is short"),
         ({"claims": {"Ours is better": False}}, "does not hold: Ours is better"),
         ({"run": RESULTS["run"] | {"resumed": True}}, "stored trainings"),
+        ({"run": RESULTS["run"] | {"wall_seconds": 606}}, "another run than the notebook"),
         ({"data": {"street": RESULTS["data"]["street"] | {"real": False}}}, "a stand-in"),
     ],
 )

@@ -119,6 +119,15 @@ def test_a_damaged_checkpoint_is_announced_and_the_training_starts_again(damage,
     assert "starts again" in capsys.readouterr().out
 
 
+def test_a_checkpoint_without_fp16_is_of_use_with_fp16(monkeypatch):
+    train()
+    watch.reset()
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+    train()
+    assert watch.epochs == []
+
+
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_and_what_was_saved_stays(factor, every_epoch_saved):
     def spoiled(epoch):
