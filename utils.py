@@ -1904,9 +1904,9 @@ class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
     Tags of cells: LEFT_OUT_TAGS, hide-code (outputs only), appendix and claims (outputs in place,
-    code in the appendix), submission (the name cell). Metadata of outputs: caption; is_caption
-    (left out, as the caption stands at the figure); claims, a dict of sentences and whether they
-    hold.
+    code in the appendix), to-appendix (both there), submission (the name cell). Metadata of
+    outputs: caption; is_caption (left out, as the caption stands at the figure); claims, a dict of
+    sentences and whether they hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
     "cell N: what".
     """
@@ -1970,7 +1970,8 @@ class TypstPDFExporter(HTMLExporter):
                 appendix.append(Part(number, listing))
             else:
                 part.soup.insert(0, listing)
-            body.append(part)
+            home = appendix if "to-appendix" in cell.metadata.tags else body
+            home.append(part)
         mend_links([part.soup for part in body])
         head = self.head(body)  # takes the title out of the body
         return [head, *body], [part for part in appendix if part.soup.pre]

@@ -232,6 +232,7 @@ def test_head_body_and_appendix():
         code("#@title Curves\nplot()", stream("curve output"), tags=("appendix",)),
         code("#@title Text\nmake_text()", stream("computed words"), tags=("hide-code",)),
         code("check()", shown({"text/plain": "judged"}, claims=claims), tags=("claims",)),
+        code("#@title List\nlist_all()", stream("long list"), tags=("to-appendix",)),
         code("secret = 1", stream("secret output"), tags=("hide-pdf",)),
         code("helper_module()", tags=("helper-module",)),
         code("pip()", tags=("install",)),
@@ -239,7 +240,7 @@ def test_head_body_and_appendix():
     ]
     pdf = export(*cells)
     order = "My Title|Name: Ada|4000|Bob|introduction|curve output|computed words|judged|Appendix|"
-    order = (order + "Curves plot()|check()").split("|")
+    order = (order + "Curves plot()|check()|List list_all()|long list").split("|")
     found = [pdf.text.find(words) for words in order]
     assert found == sorted(found) and min(found) >= 0
     for words in ["@title", "make_text", "secret", "helper_module", "pip()", "export()", "NAME ="]:
