@@ -1,7 +1,6 @@
 """Trainings side by side: the same numbers, named errors, one line."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def test_in_this_process_order_threads_and_the_line_that_stays(monkeypatch, caps
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert re.search(r"stage: 2 trainings in \d+ s\n", capsys.readouterr().out)
+    assert "stage: 2 trainings in 0 s\n" in capsys.readouterr().out
     assert utils.stage_seconds()["stage"] >= 0.2
     assert run({}, monkeypatch, jobs=1) == {}
 

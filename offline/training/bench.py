@@ -366,12 +366,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     """The README's text with the table of the first record's machine; others' runs add no row."""
-    first = kind_of(records[0])
-    shown = []
-    for record in records:
-        kind = kind_of(record)
-        if (kind.processor, kind.machine) == (first.processor, first.machine):
-            shown.append(record)
+    machines = [(record["processor"], record["machine"]) for record in records]
+    shown = [record for record, one in zip(records, machines, strict=True) if one == machines[0]]
     return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
