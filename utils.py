@@ -17,8 +17,6 @@ import inspect
 import io
 import itertools
 import json
-import linecache
-import marshal
 import math
 import os
 import platform
@@ -34,7 +32,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial, singledispatch
@@ -57,6 +55,7 @@ from IPython import get_ipython
 from IPython.display import DisplayHandle, display
 from jinja2 import pass_context
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from nbconvert.exporters import HTMLExporter
 from nbformat import NotebookNode
 from packaging.version import Version
@@ -71,8 +70,8 @@ CHOICES = {  # the first is the default
     "A3_DATA": ("auto", "real", "embedded"),
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
+# Missing where the notebook stands alone, as in Colab: there it wrote utils.py and nothing else.
 OFFLINE = Path(__file__).resolve().parent / "offline"
-# The folder is missing where the notebook stands alone: there it has written this file itself.
 
 
 def setting(name: str) -> str:
@@ -119,7 +118,7 @@ def profile_for(*datasets: DigitData) -> str:
 
 
 def default_device() -> torch.device:
-    """The GPU when there is one, else the CPU."""
+    """The CUDA GPU when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -133,7 +132,7 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def precision(device: torch.device) -> torch.dtype:
+def forward_dtype(device: torch.device) -> torch.dtype:
     """Data type of the forward pass: A3_PRECISION, else what is fast on `device`.
 
     bf16 on CPUs and GPUs that have it (from Ampere on), fp16 with a loss scaler on older GPUs,
@@ -150,19 +149,14 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Context of a forward pass in the data type that `precision` gives."""
-    dtype = precision(device)
+    """Context of a forward pass in the data type that `forward_dtype` gives."""
+    dtype = forward_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def available_cores() -> int:
-    """How many cores this process may use; a container or taskset may allow fewer than exist."""
-    return joblib.cpu_count()
-
-
-def machine() -> str:
+def describe_machine() -> str:
     """One line on the machine, without its name: '2 cores x86_64, no GPU, torch 2.14.1'."""
-    cores = counted(available_cores(), "core")
+    cores = counted(joblib.cpu_count(), "core")  # those that this process may use
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     version = torch.__version__.split("+")[0]
     return f"{cores} {platform.machine()}, {gpu}, torch {version}"
@@ -173,15 +167,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def warn(text: str) -> None:
+def notice(text: str) -> None:
     """Print something the reader must not miss, set off on standard output."""
     print("NOTE  " + text.strip().replace("\n", "\n      "), flush=True)
 
 
 # ---- Data ----
 
-TIMEOUT = 10.0  # seconds of silence that an address may take
-Source = tuple[str, Callable[[], Path]]  # an address, and what saves its file
+TIMEOUT = 10.0  # how long, in seconds, a server may be silent
+# An address, and a function that downloads it and returns the path of the file.
+Source = tuple[str, Callable[[], Path]]
 RETRYABLE = (  # what a second try may mend
     RuntimeError,  # torch.hub: the file has another hash, as it was cut
     ConnectionError,
@@ -191,7 +186,7 @@ SIZES = {  # of the real sets, not cut short
     "MNIST": {"train": 60_000, "test": 10_000},
     "SVHN": {"train": 73_257, "test": 26_032},
 }
-TINY_SIZES = {"train": 512, "test": 256}  # of every data set in the tiny profile
+TINY_SIZES = {"train": 512, "test": 256}  # at most, of each data set in the tiny profile
 RENDERED_SIZES = {"train": 24_000, "test": 5_000}  # of the stand-in for SVHN
 RENDERED_SEEDS = {"train": 1, "test": 2}
 SHA256 = {  # the first 8 of 64 hex digits
@@ -213,7 +208,7 @@ CERTIFICATES_HINT = (
 
 
 class DataError(RuntimeError):
-    """No data or weights. The first line says what is missing, the rest what was tried."""
+    """No data or weights: what is missing, and below it what was tried."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +299,7 @@ def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_atomically(path, write)
     except OSError as error:
-        warn(f"{path.name} cannot be written ({error}); the run goes on.")
+        notice(f"{path.name} cannot be written ({error}); the run goes on.")
 
 
 def file_sha256(path: Path) -> str:
@@ -331,9 +326,8 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # In a thread, as no time-out of a socket ends the wait for a name server: `result` waits for
-    # TIMEOUT. The socket's time-out, the longer one, only ends the thread, for which Python's exit
-    # waits.
+    # The timeout of urlopen does not cover the wait for a name server. So it runs in a thread that
+    # is left alone after TIMEOUT; its own timeout only ends that thread, so that Python can exit.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -341,17 +335,18 @@ def wait_for_answer(url: str) -> None:
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
         return  # the server is there; the download will say what is wrong
     except urllib.error.URLError as error:  # refused, unknown host, certificate
-        if not isinstance(error.reason, ssl.SSLError):
-            raise
+        if isinstance(error.reason, ssl.SSLError):
+            return
+        raise
     finally:
         pool.shutdown(wait=False)
 
 
 def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
-    """`fetch()`, once the server of `url` answers; a failed download is tried once more."""
+    """`fetch()`, once the server of `url` answers; one that RETRYABLE names is tried once more."""
     wait_for_answer(url)
     print(f"Downloading {url}", flush=True)
-    with redirect_stderr(sys.stdout):  # progress bars
+    with redirect_stderr(sys.stdout):  # for progress bars: a notebook shows stderr in red
         try:
             return fetch()
         except RETRYABLE:
@@ -379,14 +374,11 @@ def fetch_first(
 
 def download(url: str, path: Path, sha256_prefix: str) -> Path:
     """Download to `path`; a file that is cut or has another sha256 never gets that name."""
-
-    def write(temporary: Path) -> None:
-        torch.hub.download_url_to_file(url, str(temporary), hash_prefix=sha256_prefix)
-
+    path.parent.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
     try:
-        write_atomically(path, write)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix)
     finally:
         socket.setdefaulttimeout(before)
     return path
@@ -399,10 +391,11 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     """
     if file_sha256(path).startswith(sha256_prefix):
         return path
+    failures = [f"{path}: a file with another sha256"] if path.exists() else []
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
-    place = f"{path} (sha256 {sha256_prefix}...)"
-    hint = f"run again with an internet connection, or save the file as {place}"
-    return fetch_first(path.name, sources, hint)
+    wanted = f"{path} (sha256 {sha256_prefix}...)"
+    hint = f"run again with an internet connection, or save the file as {wanted}"
+    return fetch_first(path.name, sources, hint, failures)
 
 
 def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model") -> Source:
@@ -411,10 +404,11 @@ def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model
     The hub's own client checks the file and resumes a download that was cut. Raises ImportError
     without huggingface_hub.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain http has time-outs
+    # Set before the import, which reads it: Xet, the hub's newer protocol, has no time-outs.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import hf_hub_download, hf_hub_url
 
-    place = {
+    location = {
         "repo_id": repository,
         "filename": file,
         "repo_type": repo_type,
@@ -422,9 +416,9 @@ def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model
     }
 
     def fetch() -> Path:
-        return Path(hf_hub_download(**place, local_dir=folder))
+        return Path(hf_hub_download(**location, local_dir=folder))
 
-    return hf_hub_url(**place), fetch
+    return hf_hub_url(**location), fetch
 
 
 def read_cache(path: Path) -> Split | None:
@@ -472,12 +466,12 @@ def real_mnist(part: str) -> Split:
     Raises DataError.
     """
     prefix = {"train": "train", "test": "t10k"}[part]
-    rows = []
+    contents = []
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
-        rows.append(read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256[name])))
-    images, labels = rows
+        contents.append(read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256[name])))
+    images, labels = contents
     return Split(images.view(-1, 1, 28, 28), labels.long())
 
 
@@ -492,55 +486,37 @@ def decode_mat(file: Path) -> Split:
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def png_pixels(content: bytes) -> bytes:
-    """The 3 x 32 x 32 pixels of a PNG. Raises ValueError for another size or kind."""
+def image_pixels(content: bytes) -> np.ndarray:
+    """The pixels of an encoded image, uint8, 3 x 32 x 32. Raises ValueError for other images."""
     from PIL import Image
 
     image = np.asarray(Image.open(io.BytesIO(content)))
     if image.shape != (32, 32, 3):
         raise ValueError(f"images must be 32 x 32 x 3; got {image.shape}")
-    return image.transpose(2, 0, 1).tobytes()
-
-
-def read_parquet(file: Path, pixels: bytearray, labels: list[int]) -> None:
-    """Append the images and labels of one of the mirror's files to `pixels` and `labels`."""
-    from pyarrow.parquet import ParquetFile
-
-    for batch in ParquetFile(file, pre_buffer=False).iter_batches(1000):
-        for image in batch["image"].to_pylist():
-            pixels += png_pixels(image["bytes"])
-        found = batch["label"].to_pylist()
-        if not set(found) <= set(range(10)):
-            raise ValueError("labels must be 0 to 9")
-        labels += found
+    return image.transpose(2, 0, 1)
 
 
 def decode_parquet(files: Sequence[Path]) -> Split:
-    """The split in the mirror's parquet files. Raises DataError that names a faulty one."""
-    pixels: bytearray = bytearray()
-    labels: list[int] = []
-    for file in files:
-        try:
-            read_parquet(file, pixels, labels)
-        except Exception as error:  # of pyarrow, Pillow, or ours
-            raise DataError(describe_failure(file, error)) from error
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
-    return Split(torch.from_numpy(images), torch.tensor(labels))
+    """The split in the mirror's parquet files: the encoded images and the labels of their rows."""
+    tables = [pd.read_parquet(file, columns=["image", "label"]) for file in files]
+    rows = pd.concat(tables)
+    images = np.stack([image_pixels(image["bytes"]) for image in rows["image"]])
+    labels = rows["label"].to_numpy(np.int64, copy=True)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file or the mirror's parquet files.
 
-    Raises DataError where a checksum or the numbers of digits are not those of SVHN. A set may be
-    cut short (the committed run's test file holds the first 6,000 images), but training needs all
-    ten digits.
+    Raises DataError for a .mat with another checksum, for more images than SVHN has, and for a
+    training set that lacks a digit or is whole with other counts. A part may be cut short: the
+    committed run's test file holds the first 6,000 images.
     """
-    name, first = f"svhn-{part}", files[0]
-    digests = [file_sha256(file) for file in files]
-    if first.suffix != ".mat":
-        split = load_cached(name, lambda: decode_parquet(files), *digests)
-    elif digests[0].startswith(SHA256[first.name]):
-        split = load_cached(name, lambda: decode_mat(first), *digests)
+    digests = [file_sha256(file) for file in files]  # the cache's key, too
+    if files[0].suffix == ".parquet":
+        split = load_cached(f"svhn-{part}", lambda: decode_parquet(files), *digests)
+    elif digests[0].startswith(SHA256[files[0].name]):
+        split = load_cached(f"svhn-{part}", lambda: decode_mat(files[0]), *digests)
     else:
         raise DataError("this is not the official file; its checksum differs")
     counts = split.counts()
@@ -585,8 +561,6 @@ def real_svhn(part: str) -> Split:
     path = fetch_first(f"SVHN ({part})", sources, hint, failures)
     try:
         return read_svhn(part, [path])
-    except DataError:
-        raise
     except Exception as error:
         raise DataError(describe_failure(path, error)) from error
 
@@ -625,22 +599,17 @@ def svhn_stand_in() -> DigitData:
     return DigitData("rendered street numbers", split("train"), split("test"), real=False)
 
 
-def data_choice() -> str:
-    """A3_DATA; where it is not set, a tiny run takes stand-ins."""
-    if setting("A3_PROFILE") == "tiny" and not os.environ.get("A3_DATA", "").strip():
-        return "embedded"
-    return setting("A3_DATA")
-
-
 def real_or_stand_in(
     name: str, read: Callable[[str], Split], stand_in: Callable[[], DigitData]
 ) -> DigitData:
     """The data that A3_DATA asks for; with 'auto' the real data, else its stand-in with a notice.
 
-    Raises DataError where neither can be had.
+    In a tiny run, 'auto' means the stand-in. Raises DataError where what is asked for cannot be
+    had.
     """
-    choice = data_choice()
-    if choice == "embedded":
+    choice = setting("A3_DATA")
+    is_tiny = setting("A3_PROFILE") == "tiny"
+    if choice == "embedded" or (choice == "auto" and is_tiny):
         return stand_in()
     try:
         return DigitData(name, read("train"), read("test"), real=True)
@@ -652,7 +621,7 @@ def real_or_stand_in(
         data = stand_in()
     except DataError as error:
         raise DataError(f"{problem}\n{error}") from error
-    warn(f"{data.name} in place of {name}.\n{problem}")
+    notice(f"{data.name} in place of {name}.\n{problem}")
     return data
 
 
@@ -682,7 +651,7 @@ PUBLISHED_G_URLS = (
     "https://web.archive.org/web/20180115042531if_/"
     "http://ml.cs.tsinghua.edu.cn:80/~chenxi/pytorch-models/svhn-f564f3d8.pth",
 )
-MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights that read fewer are not used
+MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights below it are not used
 BIGGAN_256_URL = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
@@ -718,19 +687,14 @@ def load_published_g(model: nn.Module) -> None:
 def load_our_g(model: nn.Module) -> None:
     """Fill `model` with the weights that offline/training/train_street_classifier.py made.
 
-    Raises OSError without them, ValueError when they are not those of the .json beside them,
-    RuntimeError when they do not fit `model`.
+    Raises OSError without them, RuntimeError when they do not fit `model`.
     """
-    path = OFFLINE / "weights" / "street_classifier.pt"
-    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    if file_sha256(path) != record["sha256"]:
-        raise ValueError(f"{path.name} is not the file of {path.stem}.json.")
-    load_weights(model, path)
+    load_weights(model, OFFLINE / "weights" / "street_classifier.pt")
 
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Percent of `split` that `model` reads right, without autocast.
+    """Percent of `split` that `model` classifies right, in float32 on any machine.
 
     `model` must be in eval mode and on `device`.
     """
@@ -763,13 +727,13 @@ def fill_g(model: nn.Module, street: DigitData, device: torch.device) -> str | N
     for origin, load in candidates.items():
         try:
             load(model)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError) as error:
             print(f"Not used: {origin}: {short_reason(error)}")
             continue
-        found = percent_right(model, trial, device)
-        if found >= MIN_G_ACCURACY:
+        accuracy = percent_right(model, trial, device)
+        if accuracy >= MIN_G_ACCURACY:
             return origin
-        print(f"Not used: {origin}: {found:.1f} % right on {len(trial):,} training images.")
+        print(f"Not used: {origin}: {accuracy:.1f} % right on {len(trial):,} training images.")
     return None
 
 
@@ -801,7 +765,8 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
     config = BigGANConfig()  # the library's default is the 128 model
     if name == "biggan-deep-256":
         config.output_dim = 256
-        # DeepMind's 256 model has these two layers more, behind the library's fifth.
+        # DeepMind's 256 model has these two layers more, behind the library's fifth. Each says
+        # whether it doubles the size, and its channels in and out, in units of 128.
         added = [(True, 8, 8), (False, 8, 8)]
         config.layers = config.layers[:5] + added + config.layers[5:]
         path = download_once([BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
@@ -833,7 +798,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 
 
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
-    """The generator of that name, which is not 'auto' (see `best_generator`).
+    """The generator of that name: 'digits', 'biggan-deep-256' or 'biggan-deep-128'.
 
     Raises ValueError for a name that is not known, or what the generator's loader raises.
     """
@@ -841,13 +806,13 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
         return load_digit_generator(device)
     if name in ("biggan-deep-256", "biggan-deep-128"):
         return load_biggan_deep(name, device)
-    raise ValueError(f"use auto, digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
+    raise ValueError(f"use digits, biggan-deep-256 or biggan-deep-128; not {name!r}.")
 
 
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The best generator that can be had, and why no better one could ("" for the best).
+    """The best generator that can be had, and why better ones cannot ("" where none is better).
 
     'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
     offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
@@ -876,7 +841,7 @@ def best_generator(
 def epoch_seed(seed: int, epoch: int) -> int:
     """A seed for each (seed, epoch)."""
     mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return int.from_bytes(mixed[:7], "big")  # 56 bits: positive in any 64-bit seed
+    return int.from_bytes(mixed[:7], "big")  # seven bytes fit into a signed 64-bit number
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -932,9 +897,8 @@ class Run:
 
     profile: str = ""
     first_line: str = ""
-    display: DisplayHandle | None = None  # of the first line
-    time_is_told: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, by its title
+    first_line_handle: DisplayHandle | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # by the stage's title
     stored: list[str] = field(default_factory=list)  # names of stored trainings that were used
 
 
@@ -947,11 +911,16 @@ def start_run(profile: str, *data_names: str) -> None:
     That line names the profile, data, machine, precision and number of trainings at a time.
     """
     global _run
-    dtype = str(precision(default_device())).removeprefix("torch.")
+    dtype = str(forward_dtype(default_device())).removeprefix("torch.")
     data = " and ".join(data_names)
     jobs = counted(n_jobs(), "training")
-    first_line = f"Profile {profile}, on {data}: {machine()}, {dtype}, {jobs} at a time."
-    _run = Run(profile, first_line, show_line(first_line))
+    first_line = f"Profile {profile}, on {data}: {describe_machine()}, {dtype}, {jobs} at a time."
+    handle = None
+    if in_kernel():
+        handle = display({"text/plain": first_line}, raw=True, display_id=True)
+    else:
+        print(first_line, flush=True)
+    _run = Run(profile, first_line, handle)
 
 
 def stored_trainings() -> list[str]:
@@ -961,11 +930,11 @@ def stored_trainings() -> list[str]:
 
 def stage_seconds() -> dict[str, float]:
     """Seconds of each stage (`title` of `run_parallel`) since `start_run`."""
-    return {title: round(seconds, 1) for title, seconds in _run.seconds.items()}
+    return {title: round(seconds, 1) for title, seconds in _run.stage_seconds.items()}
 
 
 def new_training(model: nn.Module, plan: Plan) -> Training:
-    """Optimizer, schedule and scaler for `model`.
+    """Optimizer, schedule and scaler for `model`, whose weights get the layout channels_last.
 
     Raises ValueError for a schedule that is not known, and for epochs or steps below 1.
     """
@@ -986,7 +955,7 @@ def new_training(model: nn.Module, plan: Plan) -> Training:
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
     else:
         raise ValueError(f"schedule={plan.schedule!r} is not known: 'constant' or 'onecycle'.")
-    scaler = torch.amp.GradScaler("cuda", enabled=precision(device) == torch.float16)
+    scaler = torch.amp.GradScaler("cuda", enabled=forward_dtype(device) == torch.float16)
     return Training(model, optimizer, scheduler, scaler)
 
 
@@ -996,7 +965,7 @@ class Checkpointer:
     def __init__(self, path: Path, training: Training) -> None:
         self.path = path
         self.training = training
-        self.saved_at = time.monotonic()
+        self.last_save_or_start = time.monotonic()
 
     def to_bytes(self, history: History) -> bytes:
         """A checkpoint's content."""
@@ -1030,16 +999,16 @@ class Checkpointer:
             return self.restore(self.path.read_bytes())
         except Exception as error:
             kind = type(error).__name__
-            warn(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
+            notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
             return self.restore(beginning)
 
     def save(self, history: History, last: bool) -> None:
         """Write the state after an epoch: after the `last`, else at most every ten seconds."""
-        if not last and time.monotonic() - self.saved_at < SECONDS_BETWEEN_SAVES:
+        if not last and time.monotonic() - self.last_save_or_start < SECONDS_BETWEEN_SAVES:
             return
         content = self.to_bytes(history)
         write_or_warn(self.path, lambda temporary: temporary.write_bytes(content))
-        self.saved_at = time.monotonic()
+        self.last_save_or_start = time.monotonic()
 
 
 def fit(
@@ -1058,10 +1027,10 @@ def fit(
     loss and further metrics by name.
     batches(epoch) yields `plan.steps` batches, the same ones whenever it is asked for that epoch.
 
-    The file in `runs_folder` is named after a fingerprint of the code, data and settings that are
-    handed over, so what is changed trains again. The device, its automatic precision, versions of
-    packages and the code of `fit` itself do not count. An error or an interrupt loses the current
-    epoch, and of the finished ones those of the last ten seconds.
+    The checkpoint, in `runs_folder`, is named after a fingerprint of the code, data and settings
+    that are handed over, so what is changed trains again. The device, its automatic precision,
+    versions of packages and the code of `fit` itself do not count. An error or an interrupt loses
+    the current epoch, and those that ended less than ten seconds after the last save.
 
     Raises FloatingPointError when the loss is not finite.
     """
@@ -1073,25 +1042,27 @@ def fit(
     history = checkpointer.load()
     if history:
         _run.stored.append(plan.name)
-        _progress.advance(len(history), STORED)  # for the bar of run_parallel, below
+        count_epochs(len(history))
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
         seed_torch(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
         means = train_epoch(training, batches(epoch), loss_fn)
         require_finite(means["loss"], plan, epoch)
-        row = {f"train_{name}": value for name, value in means.items()}
+        metrics = {f"train_{name}": value for name, value in means.items()}
         if plan.evaluate:
-            row |= plan.evaluate(model)
+            metrics |= plan.evaluate(model)
+        # torch.load takes no numbers of numpy.
+        metrics = {name: float(value) for name, value in metrics.items()}
         seconds = time.perf_counter() - started
-        history.append({"epoch": epoch + 1, "seconds": seconds, **row})
+        history.append({"epoch": epoch + 1, "seconds": seconds, **metrics})
         checkpointer.save(history, last=epoch + 1 == plan.epochs)
-        _progress.advance(1)
+        count_epochs(1)
     model.eval()
     return history
 
 
 def require_finite(loss: float, plan: Plan, epoch: int) -> None:
-    """Raise FloatingPointError for a loss that is no number."""
+    """Raise FloatingPointError for a loss that is not finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"{plan.name}: the loss became {loss} in epoch {epoch + 1}. "
@@ -1118,18 +1089,18 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # Fingerprints
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the project's functions by their source text, its classes by their
-# members, and both by all that these use. Memory addresses, the project's folder and devices do not
-# count, as they change from one machine to the next; byte code counts only for what has no text of
-# its own.
+# parts reach: values by content, the project's functions by their byte code, its classes by their
+# members, and both by all that these use. Memory addresses, folders and devices do not count, as
+# they change from one machine to the next.
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits of all that decides what `parts` do: values, source texts, what those use.
+    """16 hex digits of all that decides what `parts` do: values, code, and what the code uses.
 
     The project's own functions and classes are followed into the global functions and classes that
     they name; what they import in their body is not. Those of Python and of installed packages
-    count by their names. Comments and docstrings are part of a source text.
+    count by their names. Docstrings count, comments do not; another version of Python gives other
+    byte code.
     """
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
@@ -1144,7 +1115,7 @@ def fingerprint(*parts: object) -> str:
         if id(part) in digests:
             return digests[id(part)]
         alive.append(part)
-        digests[id(part)] = b"a part that contains itself"
+        digests[id(part)] = b"a cycle"  # what a part that contains itself finds in its place
         content = content_of(part)
         if isinstance(content, list):
             content = digest_of_items(part, content)
@@ -1161,18 +1132,18 @@ def content_of(part: object) -> bytes | list:
 
     This one is for instances without a rule of their own: what pickle would store of them.
     """
-    # What wraps a function: pickle keeps only its name (functools.cache) or refuses it (classmethod
-    # and staticmethod).
+    # What wraps a function (functools.cache, classmethod, staticmethod): the function inside.
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
     try:
-        stored = part.__reduce_ex__(2)
+        recipe = part.__reduce_ex__(2)
     except Exception:  # a lock, a file, a stream: nothing that decides a number
         return []
-    if isinstance(stored, str):
-        return [stored]
-    # The items of a deque come as an iterator.
-    return [list(one) if isinstance(one, Iterator) else one for one in stored]
+    # Either a global's name, or a function that rebuilds the part, its arguments, its state and its
+    # items. The items come as iterators.
+    if isinstance(recipe, str):
+        return [recipe]
+    return [list(field) if isinstance(field, Iterator) else field for field in recipe]
 
 
 @content_of.register
@@ -1187,7 +1158,8 @@ def content_of_collection(part: list | tuple | set | frozenset) -> list:
 
 @content_of.register
 def content_of_dict(part: dict) -> list:
-    return sorted(part.items(), key=lambda item: repr(item[0]))  # keys are text or numbers
+    # The repr of a key holds no address: keys are text, numbers, or tuples of them.
+    return sorted(part.items(), key=lambda item: repr(item[0]))
 
 
 @content_of.register
@@ -1209,8 +1181,8 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # `attributes` is what the class added to a bare nn.Module. Of the bare one, only its mode, its
-    # children and its weights count, not its hooks.
+    # Its type, mode, children, own weights, and what its class added to the attributes of every
+    # module. Hooks do not count.
     of_every_module = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -1218,7 +1190,7 @@ def content_of_network(part: nn.Module) -> list:
 
 
 @content_of.register
-def content_of_module(part: ModuleType) -> list:
+def content_of_python_module(part: ModuleType) -> list:
     return [part.__name__]
 
 
@@ -1234,9 +1206,10 @@ def content_of_method(part: MethodType) -> list:
 
 @content_of.register
 def content_of_function(part: FunctionType) -> list:
-    # Not part.__module__, which torch.no_grad() copies from the function that it decorates.
-    if not is_ours(part.__globals__.get("__name__")):
-        module = part.__globals__.get("__name__")
+    # Not part.__module__: a decorator copies that from the function which it wraps.
+    module = part.__globals__.get("__name__")
+    if not is_ours(module):
+        # A library's function counts by its name. It may wrap one of ours, as torch.no_grad() does.
         return [module, part.__qualname__, getattr(part, "__wrapped__", None)]
     defaults = [part.__defaults__, part.__kwdefaults__]
     return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
@@ -1248,16 +1221,14 @@ def content_of_class(part: type) -> list:
         return [part.__module__, part.__qualname__]
     members = {name: value for name, value in vars(part).items() if is_in_source(name, value)}
     # No member shows the functions that make a dataclass's default values.
-    factories = [one.default_factory for one in fields(part)] if is_dataclass(part) else []
+    factories = [item.default_factory for item in fields(part)] if is_dataclass(part) else []
     return [part.__qualname__, part.__bases__, members, factories]
 
 
 @content_of.register
 def content_of_code(part: CodeType) -> list:
-    text = source_text(part)
-    if text is None:  # a lambda, or typed at a prompt
-        return [part.co_code, part.co_names, part.co_consts]
-    return [text]
+    names = [part.co_names, part.co_varnames]
+    return [part.co_code, part.co_exceptiontable, part.co_consts, names]  # inner functions: consts
 
 
 def is_ours(module: str | None) -> bool:
@@ -1280,6 +1251,8 @@ def is_in_source(name: str, member: object) -> bool:
     if not name.startswith("__"):
         # All such names stand in the text, except one that abc adds. Enum adds more; we have none.
         return name != "_abc_impl"
+    # Of the others, such as __module__ or __init__, only functions decide numbers. @dataclass makes
+    # its own from "<string>".
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
@@ -1287,49 +1260,33 @@ def is_in_source(name: str, member: object) -> bool:
     return is_ours(module) and function.__code__.co_filename != "<string>"
 
 
-def source_text(code: CodeType) -> str | None:
-    """The text of `code` in its file as it is now, or None where there is none of its own.
-
-    If a .py file changes while the kernel runs, this is the new text, but the old code goes on to
-    run: restart the kernel.
-    """
-    linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename)
-    first = code.co_firstlineno
-    if first > len(lines) or code.co_name == "<lambda>":
-        return None
-    return "".join(inspect.getblock(lines[first - 1 :]))
-
-
-def names_used(code: CodeType) -> set[tuple[str, str]]:
-    """The global names that `code` reads, each with the attribute that is read from it, or ''."""
-    every = dis.get_instructions(code)
-    instructions = [one for one in every if one.opname != "EXTENDED_ARG"]
-    names = set()
-    for one, following in itertools.pairwise(instructions):
-        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            # utils.fit(...) gives ("utils", "fit"): the next instruction reads the attribute.
-            is_dotted = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            names.add((one.argval, following.argval if is_dotted else ""))
+def code_within(code: CodeType) -> list[CodeType]:
+    """`code`, and that of the functions and comprehensions within it."""
+    found = [code]
     for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # a function or comprehension inside
-            names |= names_used(constant)
-    return names
+        if isinstance(constant, CodeType):
+            found += code_within(constant)
+    return found
 
 
 def used_globals(function: FunctionType) -> dict[str, object]:
-    """The global values that `function` uses; of our modules, such as utils, only what it uses.
+    """The global values that `function` reads.
 
-    Of a module within a module it has the name only. What it imports in its body is not followed.
+    Of our own modules, such as utils, only the attributes that it names.
     """
+    global_names, all_names = set(), set()
+    for code in code_within(function.__code__):
+        all_names.update(code.co_names)  # globals, and attributes of anything
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                global_names.add(instruction.argval)
     values = {}
-    for name, attribute in names_used(function.__code__):
-        if name.startswith("__") or name not in function.__globals__:
-            continue
+    for name in global_names & function.__globals__.keys():
         value = function.__globals__[name]
-        if isinstance(value, ModuleType) and attribute and is_ours(value.__name__):
-            values[f"{name}.{attribute}"] = getattr(value, attribute, None)
-        else:
+        if isinstance(value, ModuleType) and is_ours(value.__name__):
+            for attribute in all_names & vars(value).keys():
+                values[f"{name}.{attribute}"] = getattr(value, attribute)
+        elif not name.startswith("__"):
             values[name] = value
     return values
 
@@ -1347,94 +1304,32 @@ def enclosed(function: FunctionType) -> dict[str, object]:
 
 Result = TypeVar("Result")
 
-MEMORY_OF_A_TRAINING = 1.5e9  # bytes, with the libraries
-CGROUPS = Path("/sys/fs/cgroup")
-# By default glibc returns freed memory at once; the page faults cost a worker a quarter of its
-# time (12.2 against 8.9 s). With these settings it keeps the memory.
+MEMORY_OF_A_TRAINING = 1.5e9  # bytes of one process that trains, with the libraries
+# glibc returns freed memory at once, and taking it again costs time: a training took 12.2 s, with
+# these settings, which keep it, 8.9 s.
 WORKER_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-STORED, TRAINED = b"s", b"t"  # a task's file holds one of them for each finished epoch
-# How long the stages took in one run, by title. Only their ratios are used: the first stage without
-# stored trainings tells, by them, about how long the whole run takes.
-STAGE_MINUTES: dict[str, dict[str, float]] = {
-    "full": {
-        "1 (b) recipes": 1.6,
-        "1 (b)": 21.5,
-        "1 (c) sharing": 4.0,
-        "1 (c)": 20.0,
-        "1 (d) recipes": 1.0,
-        "1 (d)": 8.5,
-        "1 (d) sizes": 3.2,
-        "1 (e) variants": 3.6,
-        "1 (e)": 2.5,
-        "all else": 1.5,
-    },
-    "short": {
-        "1 (b) recipes": 0.35,
-        "1 (b)": 1.3,
-        "1 (c) sharing": 0.3,
-        "1 (c)": 1.7,
-        "1 (d) recipes": 0.2,
-        "1 (d)": 0.8,
-        "1 (d) sizes": 0.4,
-        "1 (e) variants": 1.7,
-        "1 (e)": 0.3,
-        "all else": 1.6,
-    },
-}
+# A run's time over that of its first stage, by profile; measured with two trainings at a time.
+RUN_PER_FIRST_STAGE = {"full": 37, "short": 25}
 
 
-def group_memory(folder: Path) -> float:
-    """Bytes that a control group (a container) may still take; infinity where nothing limits it."""
-    limit_file, usage_file, cache_line = "memory.max", "memory.current", "inactive_file"
-    if not (folder / limit_file).exists():  # version 1
-        limit_file, usage_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        cache_line = "total_inactive_file"
-    try:
-        limit = int((folder / limit_file).read_text(encoding="utf-8"))
-        used = int((folder / usage_file).read_text(encoding="utf-8"))
-        lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):  # no such group, or its limit is 'max'
-        return math.inf
-    facts = dict(line.split() for line in lines)
-    return limit - used + int(facts.get(cache_line, 0))  # files in memory make room
+@cache
+def jobs_in_memory() -> int:
+    """How many trainings fit into the memory that is free at the first call.
 
-
-def free_memory() -> float:
-    """Bytes that this process may still take: the least that machine and control groups leave."""
-    free = [psutil.virtual_memory().available]
-    try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        groups = []
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = CGROUPS / "memory" if controllers else CGROUPS
-        folder = root / path.lstrip("/")
-        # With the groups around it; above CGROUPS there are none.
-        free += [group_memory(one) for one in (folder, *folder.parents)]
-    return min(free)
-
-
-def memory_of_workers() -> int:
-    """Bytes that idle workers of the last trainings hold; the next trainings take them over."""
-    held = 0
-    for worker in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            held += worker.memory_info().rss
-    return held
+    Later, idle workers hold some of it, which the next trainings take over.
+    """
+    return int(psutil.virtual_memory().available / MEMORY_OF_A_TRAINING)
 
 
 def n_jobs() -> int:
-    """How many trainings run at once: A3_JOBS, else one on a GPU, else one on each core.
+    """How many trainings may run at a time: A3_JOBS, else one on a GPU, else one on each core.
 
-    There are no more than memory allows, unless A3_JOBS asks for them.
+    On a CPU there are no more than its free memory holds, unless A3_JOBS asks for them.
     Raises ValueError as `jobs_setting`.
     """
     chosen = jobs_setting()
@@ -1442,33 +1337,18 @@ def n_jobs() -> int:
         return chosen
     if default_device().type == "cuda":
         return 1
-    fitting = int((free_memory() + memory_of_workers()) / MEMORY_OF_A_TRAINING)
-    return max(1, min(available_cores(), fitting))
+    return max(1, min(joblib.cpu_count(), jobs_in_memory()))  # cores that this process may use
 
 
-class Progress:
-    """Tells the bar of `run_parallel`, by the task's file, how many epochs of a task are over."""
-
-    def __init__(self) -> None:
-        self.file: Path | None = None  # None: no task of run_parallel is at work
-
-    def start(self, file: Path) -> None:
-        """A task begins; `file` is its own."""
-        self.file = file
-
-    def advance(self, count: int, mark: bytes = TRAINED) -> None:
-        """`count` more epochs are over, as `mark` says; without a task this does nothing."""
-        if self.file is None:
-            return
-        with suppress(OSError), self.file.open("ab") as file:
-            file.write(mark * count)
-
-    def finish(self) -> None:
-        """The task ended."""
-        self.file = None
+_epochs_file: Path | None = None  # of the task at work: has one byte for each finished epoch
 
 
-_progress = Progress()  # of the task that this process works on
+def count_epochs(count: int) -> None:
+    """Tell the bar of `run_parallel` that `count` more epochs are over; elsewhere do nothing."""
+    if _epochs_file is None:
+        return
+    with suppress(OSError), _epochs_file.open("ab") as file:
+        file.write(bytes(count))
 
 
 def run_parallel(
@@ -1478,16 +1358,19 @@ def run_parallel(
 
     Each task is a function without arguments, which may be defined in a notebook (joblib's loky
     sends it), and trains for `epochs` epochs. One progress bar, `title`, is over all of them.
-    Results come in the order of `tasks`, and are the same whatever the number of jobs. Raises
-    RuntimeError that names the task that failed.
+    Results come in the order of `tasks`, and are the same whatever the number of jobs, if no task
+    changes what another one was given. Raises RuntimeError that names the task that failed.
     """
     jobs = min(n_jobs(), len(tasks))
-    with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder_name:
-        folder = Path(folder_name)
+    with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder:
+        epochs_file = Path(folder) / "epochs"
         prepared = {}
-        for number, (key, task) in enumerate(tasks.items()):
-            prepared[key] = partial(execute, task, task_name(key), folder / str(number))
-        with StageDisplay(title, len(tasks) * epochs, folder) as stage, warnings.catch_warnings():
+        for key, task in tasks.items():
+            prepared[key] = partial(run_task, task, task_name(key), epochs_file)
+        with (
+            StageDisplay(title, len(tasks) * epochs, epochs_file) as stage,
+            warnings.catch_warnings(),
+        ):
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             if jobs <= 1:
@@ -1503,39 +1386,26 @@ def task_name(key: Hashable) -> str:
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def execute(task: Callable[[], Result], name: str, file: Path) -> Result:
-    """The task's result, from one thread; its progress goes into `file`."""
+def run_task(task: Callable[[], Result], name: str, epochs_file: Path) -> Result:
+    """The task's result, from one thread; its finished epochs are counted in `epochs_file`."""
+    global _epochs_file
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
-    _progress.start(file)
+    _epochs_file = epochs_file
     try:
         return task()
     except Exception as error:
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
     finally:
-        _progress.finish()
+        _epochs_file = None
         torch.set_num_threads(threads)
-
-
-def is_cell(entry: tuple) -> bool:
-    """Whether an entry of linecache (size, time of the file, lines, name) is a cell, not a file.
-
-    A cell has no time. A shorter entry is one of a file that was not read yet.
-    """
-    return len(entry) == 4 and entry[1] is None
 
 
 def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
     """The results of prepared tasks, from `jobs` processes."""
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
-    executor = get_reusable_executor(
-        max_workers=jobs,
-        env=WORKER_SETTINGS | settings,  # where these changed, loky starts new workers
-        job_reducers={CodeType: pack_code},
-        result_reducers={CodeType: pack_code},
-    )
-    # A notebook's cells are no files: workers need their text, for fingerprints.
-    cells = {name: entry for name, entry in linecache.cache.items() if is_cell(entry)}
+    # Where the settings changed, loky starts new workers.
+    executor = get_reusable_executor(max_workers=jobs, env=WORKER_SETTINGS | settings)
     waiting = list(tasks)
     running: dict[Future, Hashable] = {}
     results = {}
@@ -1544,14 +1414,14 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
             # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(run_in_worker, tasks[key], cells)] = key
+                running[executor.submit(run_in_worker, tasks[key])] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 result, stored = future.result()
                 results[running[future]] = result
                 _run.stored += stored
                 del running[future]
-    except BrokenExecutor as error:
+    except TerminatedWorkerError as error:
         names = "; ".join(task_name(key) for key in running.values())
         raise RuntimeError(
             "The system ended a process, as it does when memory runs out, during: "
@@ -1563,15 +1433,12 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     return {key: results[key] for key in tasks}
 
 
-def pack_code(code: CodeType) -> tuple:
-    """How pickle stores code for a worker: with its file's name, which cloudpickle leaves out."""
-    return marshal.loads, (marshal.dumps(code),)
+def run_in_worker(task: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """The task's result and the names of the stored trainings that it used.
 
-
-def run_in_worker(task: Callable[[], Result], cells: dict[str, tuple]) -> tuple[Result, list[str]]:
-    """The task's result and the names of the stored trainings that it used."""
-    linecache.cache.update(cells)
-    _run.stored.clear()  # this process's own _run: it may still hold names of an earlier task
+    Those stand in this process's own _run, which may still hold names of an earlier task.
+    """
+    _run.stored.clear()
     result = task()
     return result, _run.stored
 
@@ -1594,24 +1461,15 @@ class DisplayStream:
         """tqdm asks for it."""
 
 
-def epoch_marks(folder: Path) -> list[bytes]:
-    """What the tasks' files hold: STORED or TRAINED for each finished epoch."""
-    try:
-        return [file.read_bytes() for file in folder.iterdir()]
-    except OSError:  # a temporary folder that vanished costs the bar, not the run
-        return []
-
-
 class StageDisplay:
     """The bar of one `run_parallel`, kept up to date by a thread, and the line when it ends."""
 
-    def __init__(self, title: str, all_epochs: int, folder: Path) -> None:
+    def __init__(self, title: str, all_epochs: int, epochs_file: Path) -> None:
         self.title = title
         self.all_epochs = all_epochs  # of all tasks together
-        self.folder = folder
+        self.epochs_file = epochs_file
+        self.stored_before = len(_run.stored)
         self.started = time.perf_counter()
-        self.timed_from = 0.0  # when the first epochs were seen
-        self.first_count = 0  # and how many there were; 0: none was seen yet
         self.text = f"{title}: stopped"  # the line that stays where `finish` is not reached
         self.ended = threading.Event()  # tells the thread
         self.thread = threading.Thread(target=self.follow, daemon=True)
@@ -1640,55 +1498,36 @@ class StageDisplay:
             print(self.text, flush=True)
 
     def follow(self) -> None:
-        """Until the stage ends: count the finished epochs."""
+        """Until the stage ends: show how many epochs are over."""
         while not self.ended.wait(0.5):
-            done = b"".join(epoch_marks(self.folder))
-            self.bar.update(len(done) - self.bar.n)
-            if STORED not in done:  # stored epochs take no time
-                self.estimate(len(done))
-
-    def estimate(self, trained: int) -> None:
-        """Tell how long the run will take, once a tenth of this stage's epochs tell their time."""
-        if trained == 0:
-            return
-        now = time.perf_counter()
-        if self.first_count == 0:  # the time before, in which workers start, is no training
-            self.timed_from = now
-            self.first_count = trained
-        timed = trained - self.first_count
-        if timed == 0 or timed < self.all_epochs / 10:
-            return
-        seconds_an_epoch = (now - self.timed_from) / timed
-        before = self.timed_from - self.started
-        epochs_after = self.all_epochs - self.first_count  # all that end after timed_from
-        tell_time(self.title, before + epochs_after * seconds_an_epoch)
+            with suppress(OSError):  # no epoch is over yet
+                self.bar.update(self.epochs_file.stat().st_size - self.bar.n)
 
     def finish(self, trainings: int) -> None:
         """The stage has its results: compose the line that stays."""
         seconds = time.perf_counter() - self.started
-        _run.seconds[self.title] = seconds
+        stored = len(_run.stored) - self.stored_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-        stored = [marks for marks in epoch_marks(self.folder) if STORED in marks]
         self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
         if stored:
-            self.text += f", {len(stored)} of them stored: delete the .pt files in "
-            self.text += f"{runs_folder()} to train again"
-        else:
-            tell_time(self.title, seconds)
+            self.text += f", {stored} of them stored: delete the .pt files in {runs_folder()} "
+            self.text += "to train again"
+        elif not _run.stage_seconds:
+            announce_time(seconds)
+        _run.stage_seconds[self.title] = seconds
 
 
-def tell_time(title: str, seconds: float) -> None:
-    """Once in a run: how long the whole takes, from the `seconds` of its stage `title`."""
-    minutes = STAGE_MINUTES.get(_run.profile, {})
-    if _run.time_is_told or title not in minutes:
+def announce_time(first_stage: float) -> None:
+    """Tell how long the run takes, from the seconds of its first stage."""
+    if _run.profile not in RUN_PER_FIRST_STAGE:
         return
-    _run.time_is_told = True
-    whole = max(1, round(seconds / 60 * sum(minutes.values()) / minutes[title]))
-    text = f"The whole run takes about {counted(whole, 'minute')} on this machine."
-    if _run.display:
-        _run.display.update({"text/plain": f"{_run.first_line} {text}"}, raw=True)
+    minutes = max(1, round(first_stage * RUN_PER_FIRST_STAGE[_run.profile] / 60))
+    text = f"The whole run takes about {counted(minutes, 'minute')} on this machine."
+    if _run.first_line_handle:
+        line = f"{_run.first_line} {text}"
+        _run.first_line_handle.update({"text/plain": line}, raw=True)
     else:
-        tqdm.write(text)
+        print(text, flush=True)
 
 
 # ---- Display ----
@@ -1697,14 +1536,6 @@ def tell_time(title: str, seconds: float) -> None:
 def in_kernel() -> bool:
     """Whether this runs in a notebook's kernel, not in a script or on a terminal."""
     return getattr(get_ipython(), "kernel", None) is not None
-
-
-def show_line(text: str) -> DisplayHandle | None:
-    """Show a line: in a notebook as a display that can change, else printed."""
-    if in_kernel():
-        return display({"text/plain": text}, raw=True, display_id=True)
-    print(text, flush=True)
-    return None
 
 
 def show(data: dict[str, str], metadata: dict, at: DisplayHandle | None = None) -> None:
@@ -1745,6 +1576,7 @@ def show_figure(
     write_or_warn(file, lambda temporary: temporary.write_bytes(content))
     output_metadata = {"caption": text, media_type: {"alt": text}}
     if photo:
+        # In CSS pixels, 96 an inch.
         output_metadata[media_type]["width"] = round(96 * figure.get_figwidth())
     image = base64.b64encode(content) if photo else content
     show({media_type: image.decode(), "text/plain": text}, output_metadata)
@@ -1767,7 +1599,7 @@ def show_table(
 ) -> None:
     """Show a table below its caption; floats have two decimals.
 
-    `at`: the display of `display(..., display_id=True)` that it replaces.
+    `at`: a handle from `display(..., display_id=True)`; the table replaces what it shows.
     """
     text = f"Table {number}. {caption}"
     show_frame(frame, text, {"caption": text}, at)
@@ -1816,14 +1648,13 @@ COURSE = "COMP 499/691, Special Topics: Deep Learning"
 NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": "0.15.0"}
 # Cells with these tags are left out; of the name cell ("submission") the head shows the values.
 LEFT_OUT_TAGS = {"hide-pdf", "install", "helper-module", "export", "submission"}
-# A cell that assigns NAME and, on a later line, STUDENT_NUMBER.
-NAME_CELL = re.compile(r"(?m)^NAME *=(.*\n)*?STUDENT_NUMBER *=")
-IMAGES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
+OUTPUTS_ONLY_TAGS = {"hide-code", "claims"}
+IMAGE_TYPES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
 NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 # What nbconvert wraps around everything.
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
-FIRST_LINES, LAST_LINES = 26, 13  # shown of an output of more than 40
+FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
 PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without glyphs
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
@@ -1861,12 +1692,12 @@ STYLE = r"""
   let hanging(line) = 0.6em * (line.text.position(regex("\S|$")) + 4)
   // The first lines stay together, so that none is alone at a page's foot.
   let lines = it.lines.map(line => block(sticky: line.number < 4,
-    par(hanging-indent: hanging(line), line + sym.zws)))
+    par(hanging-indent: hanging(line), line + sym.zws))) // an empty line needs the zws to be seen
   // A cell's code has a language and is gray; all else is white.
   block(width: 100%, inset: (x: 5pt, y: 4pt), stroke: (left: 1pt + luma(205)),
     fill: if it.lang != none { luma(246) }, breakable: lines.len() > 16, lines.join())
 }
-#let horizontalrule = line(length: 100%)
+#let horizontalrule = line(length: 100%) // pandoc writes it for <hr>
 """
 APPENDIX = "#show raw.where(block: true): set text(7pt)\n== Appendix: code\n"
 # TeX commands that pandoc's reader of formulas lacks.
@@ -1903,26 +1734,26 @@ class Formula:
 class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
-    Tags of cells: LEFT_OUT_TAGS, hide-code (outputs only), appendix and claims (outputs in place,
-    code in the appendix), to-appendix (both there), submission (the name cell). Metadata of
-    outputs: caption; is_caption (left out, as the caption stands at the figure); claims, a dict of
-    sentences and whether they hold.
+    Tags of cells: LEFT_OUT_TAGS, OUTPUTS_ONLY_TAGS, appendix (outputs in place, code in the
+    appendix), to-appendix (both there), submission (the name cell). Metadata of outputs: caption;
+    is_caption (left out, as the caption stands at the figure); claims, a dict of sentences and
+    whether they hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
     "cell N: what".
     """
 
     @property
     def default_config(self) -> Config:
-        """nbconvert's settings: code left out by a tag, HTML as pandoc reads it."""
-        remove = {"enabled": True, "remove_input_tags": {"hide-code"}}
-        prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
-        ours = Config(
-            TagRemovePreprocessor=remove,
-            CoalesceStreamsPreprocessor={"enabled": True},
-            TypstPDFExporter={"template_name": "basic", **prompts},
-        )
+        """nbconvert's settings: HTML as pandoc reads it, without code, which `read_cell` adds."""
+        template = {
+            "template_name": "basic",
+            "exclude_input": True,
+            "exclude_output_prompt": True,
+        }
         config = Config(super().default_config)
-        config.merge(ours)
+        config.merge(
+            Config(CoalesceStreamsPreprocessor={"enabled": True}, TypstPDFExporter=template)
+        )
         return config
 
     def from_file(self, file_stream, resources=None, **kwargs) -> tuple[bytes, dict]:
@@ -1941,18 +1772,18 @@ class TypstPDFExporter(HTMLExporter):
         self.nb = with_all_fields(nb)
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
-        self.notices_by_cell: list[tuple[int, str]] = []  # number of a cell, what about it
+        self.numbered_notices: list[tuple[int, str]] = []  # number of a cell, what about it
         self.image_numbers = itertools.count()
         with tempfile.TemporaryDirectory() as folder:
             self.typst_folder = Path(folder)
             self.compiler = typst.Compiler(root=folder)
             content = self.typeset(*self.read_cells())
-        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.notices_by_cell)]
+        self.notices = [f"cell {number}: {text}" for number, text in sorted(self.numbered_notices)]
         return content, self.resources | {"output_extension": ".pdf"}
 
     def note(self, number: int, text: str) -> None:
         """Keep a notice on the cell of this number."""
-        self.notices_by_cell.append((number, text))
+        self.numbered_notices.append((number, text))
 
     # Cells to HTML
 
@@ -1966,60 +1797,69 @@ class TypstPDFExporter(HTMLExporter):
             if cell.cell_type == "code":
                 self.keep_printable_outputs(number, cell)
             part, listing = self.read_cell(number, cell)
-            if {"appendix", "claims"} & set(cell.metadata.tags):
+            if "appendix" in cell.metadata.tags:
                 appendix.append(Part(number, listing))
             else:
                 part.soup.insert(0, listing)
             home = appendix if "to-appendix" in cell.metadata.tags else body
             home.append(part)
-        mend_links([part.soup for part in body])
-        head = self.head(body)  # takes the title out of the body
-        return [head, *body], [part for part in appendix if part.soup.pre]
+        mend_links([part.soup for part in body + appendix])
+        head = self.make_head(body)  # takes the title out of the body
+        return [head, *body], [part for part in appendix if part.soup.find(True)]
 
     def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
-        # The order counts: the code goes out first, as tidy takes each <pre> for an output, and the
-        # wrappers last, as tidy looks for those of outputs.
-        soup = BeautifulSoup(self.cell_html(number, cell), "html.parser")
-        code = soup.select_one("div.input")
-        listing = code_listing(code.extract().get_text()) if code else ""
-        part = Part(number, soup)
+        part = Part(number, BeautifulSoup(self.cell_html(number, cell), "html.parser"))
         self.tidy(part)
-        for wrapper in soup.select(WRAPPERS):
+        # Last, as `output_listing` looks for the wrapper of an output.
+        for wrapper in part.soup.select(WRAPPERS):
             wrapper.unwrap()
+        listing = ""
+        if cell.cell_type == "code" and not OUTPUTS_ONLY_TAGS & set(cell.metadata.tags):
+            listing = code_listing(cell.source)
         return part, BeautifulSoup(listing, "html.parser")
 
     def keep_printable_outputs(self, number: int, cell: NotebookNode) -> None:
-        """Leave to a code cell what the PDF shows of its outputs; note claims that do not hold."""
+        """Drop the outputs that the PDF leaves out, and keep one form of each other one.
+
+        Also notes claims that do not hold.
+        """
         cell.outputs = [output for output in cell.outputs if is_printed(output)]
         for output in cell.outputs:
             self.note_claims(number, output.get("metadata", {}).get("claims", {}))
             self.keep_one_form(number, output)
 
     def cell_html(self, number: int, cell: NotebookNode) -> str:
-        """HTML of one cell by nbconvert; of its source alone where nbconvert cannot."""
+        """HTML of a text, or of the outputs of code, by nbconvert; the source where it cannot."""
         # Format 4.4, as 4.5 asks for ids of cells, which older notebooks lack.
         one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
         try:
             return super().from_notebook_node(one_cell, dict(self.resources))[0]
         except Exception as error:  # whatever: one cell must not cost the others
             self.note(number, f"shown as source: {error}")
-            return f"<pre>{escape(cell.source)}</pre>"
+            # The code of a code cell is shown in any case.
+            return f"<pre>{escape(cell.source)}</pre>" if cell.cell_type != "code" else ""
 
     def keep_one_form(self, number: int, output: NotebookNode) -> None:
-        """Leave to an output the one form of its data that the PDF shows."""
+        """Reduce an output's data to the form that the PDF shows.
+
+        That is an image, else Markdown or LaTeX, else HTML, else text.
+        """
         data, about = output.get("data", {}), output.get("metadata", {})
         soup = BeautifulSoup(data.get("text/html", ""), "html.parser")
         for tag in soup(["script", "style"]):
             tag.decompose()
-        words = data.get("text/markdown") or data.get("text/latex")
-        image = next((kind for kind in IMAGES if kind in data), "")
-        if image:
-            output.data = {"text/html": figure_html(image, data[image], about.get("caption", ""))}
-        elif words:
-            output.data = {"text/markdown": words}
-        elif soup.find(["img", "iframe", "video"]) or soup.get_text(strip=True):
-            output.data = {"text/html": self.mark_formulas(str(soup))}
+        markdown = data.get("text/markdown") or data.get("text/latex")
+        image_type = next((kind for kind in IMAGE_TYPES if kind in data), "")
+        if image_type:
+            html = figure_html(image_type, data[image_type], about.get("caption", ""))
+            output.data = {"text/html": html}
+        elif markdown:
+            output.data = {"text/markdown": markdown}
+        elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
+            # Dollars within code are no formulas.
+            html = str(soup) if soup.find(["pre", "code"]) else self.mark_formulas(str(soup))
+            output.data = {"text/html": html}
         elif set(data) - {"text/plain"}:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
             self.note(number, what)
@@ -2040,15 +1880,16 @@ class TypstPDFExporter(HTMLExporter):
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        """HTML of Markdown, with a mark in the place of each formula."""
+        """HTML of Markdown, with a mark in the place of each formula: a filter of nbconvert's
+        templates."""
         from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
         renderer = IPythonRenderer(
             escape=False,
-            allow_harmful_protocols=True,  # SVG as data:
             attachments=context.get("cell", {}).get("attachments", {}),
             exclude_anchor_links=True,
         )
+        renderer.block_html = self.mark_formulas
         renderer.inline_math = self.mark_formula
         renderer.block_math = partial(self.mark_formula, is_block=True)
         renderer.latex_environment = lambda name, body: self.mark_formula(
@@ -2062,11 +1903,14 @@ class TypstPDFExporter(HTMLExporter):
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
     def mark_formulas(self, html: str) -> str:
-        """HTML of an output, with a mark in the place of each formula in dollars."""
-        formula = r"\$([^$<>]+)\$(?!\d)"  # but not a price: $5 to $6
-        return re.sub(formula, lambda found: self.mark_formula(unescape(found[1])), html)
+        """HTML with a mark in the place of each formula in dollars, one or two."""
 
-    def head(self, body: list[Part]) -> Part:
+        def mark(found: re.Match) -> str:
+            return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
+
+        return re.sub(r"(\$\$?)([^$<>]+)\1(?!\d)", mark, html)  # but not a price: $5 to $6
+
+    def make_head(self, body: list[Part]) -> Part:
         """Course, title (taken out of the body) and the values of the name cell.
 
         Also sets `title`, the PDF's, and notes what the name cell lacks.
@@ -2077,7 +1921,7 @@ class TypstPDFExporter(HTMLExporter):
         if missing:
             self.note(number, f"the name cell lacks {', '.join(missing)}: fill it in")
         heading = take_title(body)
-        self.title = ", ".join(filter(None, [heading.get_text(), who["NAME"]]))
+        self.title = ", ".join(filter(None, [self.plain_text(heading), who["NAME"]]))
         facts = []
         for name, value in who.items():
             label = name.replace("_", " ").capitalize()
@@ -2124,12 +1968,13 @@ class TypstPDFExporter(HTMLExporter):
             return
         name = f"image{next(self.image_numbers)}"
         (self.typst_folder / name).write_bytes(content)
-        image.attrs = {"src": name, "alt": image.get("alt") or source[:60]}
+        image["src"] = name
+        image["alt"] = image.get("alt") or "image"
 
     def fit_table(self, number: int, table: Tag) -> None:
         """Make the type of a table smaller where its longest words are wider than the page."""
         columns = longest_words(table)
-        # In em: half of one a letter, and the space between columns, STYLE's inset on both sides.
+        # In em: half of one for a letter, and STYLE's inset of 0.45 on both sides of a column.
         # STYLE breaks words of 60 letters and more.
         width = sum(0.5 * min(60, letters) + 0.9 for letters in columns)
         if width > TABLE_WIDTH:
@@ -2141,7 +1986,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
         """The PDF of all parts. What cannot be set is shown as source and noted."""
-        self.set_formulas()
+        self.convert_formulas()
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
@@ -2152,15 +1997,16 @@ class TypstPDFExporter(HTMLExporter):
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
         # What is left are letters without glyphs. PDF/A forbids them, a plain PDF does not.
         if content is None:
-            rules = self.name_letters(problem, parts)
+            rules = symbol_rules(self.note_missing_letters(problem, parts))
             content, problem = self.compile_typst(rules + join_parts(body, appendix))
         if content is None:
             raise RuntimeError(f"Typst cannot set the notebook: {problem}")
         return content
 
-    def set_formulas(self) -> None:
-        """Typst text of all formulas by one call of pandoc, so that macros reach later cells."""
+    def convert_formulas(self) -> None:
+        """Typst text of all formulas, by one call of pandoc, so that each knows all macros."""
         sources = [on_one_line(formula.tex) for formula in self.formulas]
+        # pandoc reads a macro's definition outside of formulas only: all go to the front.
         macros = re.findall(MACRO_DEFINITION, " ".join(sources))
         numbered = []
         for number, tex in enumerate(sources):
@@ -2169,11 +2015,9 @@ class TypstPDFExporter(HTMLExporter):
             numbered.append(f"{number} $${tex}$$")  # the number tells pandoc's answers apart
         try:
             text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
-        except RuntimeError:  # from a macro that never ends
+        except RuntimeError:  # a macro's definition is broken: the formulas go without any
             text = pandoc("\n\n".join([OUR_MACROS, *numbered]), "markdown+latex_macros")
-        newer = {"sect": "inter", ".circle": ".o"}  # Typst's names; what is quoted is text
-        names = r'"[^"]*"|\bsect\b|\.circle\b'
-        text = re.sub(names, lambda found: newer.get(found[0], found[0]), text)
+        text = with_new_names(text)
         # An answer is a paragraph: 12 $ x + y $
         answers = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
         for number, formula in enumerate(self.formulas):
@@ -2182,9 +2026,9 @@ class TypstPDFExporter(HTMLExporter):
             typst = answers.get(str(number), "").replace('"||"', bars)
             formula.typst = f"$ {typst} $" if formula.is_block else f"${typst}$"
             if not typst:
-                self.show_source(formula)
+                self.set_as_source(formula)
 
-    def show_source(self, formula: Formula) -> None:
+    def set_as_source(self, formula: Formula) -> None:
         """Show a formula as it was typed."""
         self.note(formula.cell_number, f"formula {formula.tex[:70]} is shown as source")
         formula.typst = f"#raw({typst_string(formula.tex)})"
@@ -2211,42 +2055,57 @@ class TypstPDFExporter(HTMLExporter):
             return None, error.diagnostic
 
     def repair(self, parts: list[Part]) -> None:
-        """Show as source what cannot be set: a formula, an image, else the whole part."""
+        """Show what cannot be set otherwise: a formula or part as source, an image as words."""
         for part in parts:
             if self.compile_typst(part.typst)[0]:
                 continue
             for number in re.findall(FORMULA_MARK, part.typst):
                 formula = self.formulas[int(number)]
                 if not self.compile_typst(formula.typst)[0]:
-                    self.show_source(formula)
+                    self.set_as_source(formula)
             for image in part.soup("img"):
                 if not self.compile_typst(f"#image({typst_string(image['src'])})")[0]:
                     self.replace_by_words(part.cell_number, image, f"image {image['alt']}")
             self.convert_parts([part])
             if not self.compile_typst(part.typst)[0]:
                 self.note(part.cell_number, "shown as source, as it cannot be set")
-                part.typst = f"#raw({typst_string(self.plain_text(part))}, block: true)"
+                part.typst = f"#raw({typst_string(self.plain_text(part.soup))}, block: true)"
 
-    def plain_text(self, part: Part) -> str:
-        """The words of a part, with each formula as it was typed in the place of its mark."""
-        words = part.soup.get_text()
+    def plain_text(self, soup: Tag) -> str:
+        """The words of HTML, with each formula as it was typed in the place of its mark."""
+        words = soup.get_text()
         return re.sub(FORMULA_MARK, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
 
-    def name_letters(self, problem: str, parts: list[Part]) -> str:
-        """Note letters that no font has; Typst text that puts names in the place of symbols."""
-        rules = ""
-        for letters in dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem)):
+    def note_missing_letters(self, problem: str, parts: list[Part]) -> str:
+        """Note the letters that no font has; returns them."""
+        missing = dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem))
+        for letters in missing:
             number = 1
             for part in parts:
-                if letters in part.typst + self.plain_text(part):
+                if letters in part.typst + self.plain_text(part.soup):
                     number = part.cell_number
                     break
             self.note(number, f"no font here has {letters}: install one")
-            for letter in letters:
-                if unicodedata.category(letter) == "So":
-                    name = unicodedata.name(letter, "symbol").lower()
-                    rules += f"#show {typst_string(letter)}: {typst_string(f'[{name}]')}\n"
-        return rules
+        return "".join(missing)
+
+
+def symbol_rules(letters: str) -> str:
+    """Typst rules that put names in the place of symbols, such as emoji, but not of letters."""
+    rules = ""
+    for letter in dict.fromkeys(letters):
+        if unicodedata.category(letter) == "So":
+            name = unicodedata.name(letter, "symbol").lower()
+            rules += f"#show {typst_string(letter)}: {typst_string(f'[{name}]')}\n"
+    return rules
+
+
+def with_new_names(typst: str) -> str:
+    """Typst text with today's names of two symbols, for which pandoc writes older ones."""
+    parts = re.split(r'("[^"]*")', typst)  # every second one is quoted text, which stays
+    for number in range(0, len(parts), 2):
+        renamed = re.sub(r"\bsect\b", "inter", parts[number])
+        parts[number] = re.sub(r"\.circle\b", ".o", renamed)
+    return "".join(parts)
 
 
 def check_versions() -> None:
@@ -2338,17 +2197,17 @@ def is_printed(output: NotebookNode) -> bool:
     return not is_caption and not is_empty
 
 
-def figure_html(kind: str, content: str, caption: str) -> str:
+def figure_html(media_type: str, content: str, caption: str) -> str:
     """HTML of an output's image: SVG as text, others as base64."""
-    if kind == "image/svg+xml":
+    if media_type == "image/svg+xml":
         content = base64.b64encode(content.encode()).decode()
     words = escape(caption)
-    image = f'<img alt="{words}" src="data:{kind};base64,{content}">'
+    image = f'<img alt="{words}" src="data:{media_type};base64,{content}">'
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
 
 
 def mend_links(soups: list[BeautifulSoup]) -> None:
-    """Let links lead to headings; of broken and very long ones only the words stay."""
+    """Give headings ids, and let links lead to them; broken and very long links become words."""
     headings = [heading for soup in soups for heading in soup(re.compile(r"^h[1-6]$"))]
     ids = {}
     for number, heading in enumerate(headings):
@@ -2410,7 +2269,7 @@ def value_text(value: object) -> str:
 def with_all_fields(nb: NotebookNode) -> NotebookNode:
     """A copy of a notebook with the fields that some lack, and its name cell tagged."""
     nb = NotebookNode(copy.deepcopy(nb))
-    nb.setdefault("metadata", {})
+    nb.setdefault("metadata", {}).pop("widgets", None)  # nbconvert stops at Colab's form of them
     nb.setdefault("cells", [])
     for cell in nb.cells:
         cell.metadata = NotebookNode(cell.get("metadata") or {})
@@ -2420,7 +2279,8 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
             continue
         cell.execution_count = cell.get("execution_count")
         cell.outputs = [with_output_fields(output) for output in cell.get("outputs") or []]
-        if NAME_CELL.search(cell.source) and not LEFT_OUT_TAGS & set(cell.metadata.tags):
+        is_name_cell = {"NAME", "STUDENT_NUMBER"} <= assigned_values(cell.source).keys()
+        if is_name_cell and not LEFT_OUT_TAGS & set(cell.metadata.tags):
             cell.metadata.tags.append("submission")  # one retyped in Colab has no tag
     return nb
 
@@ -2430,15 +2290,18 @@ def with_output_fields(output: NotebookNode) -> NotebookNode:
     if output.output_type == "stream":
         defaults = {"name": "stdout", "text": ""}
     elif output.output_type == "error":
-        defaults = {"traceback": [f"{output.get('ename')}: {output.get('evalue')}"]}
+        words = f"{output.get('ename')}: {output.get('evalue')}"
+        defaults = {"ename": "", "evalue": "", "traceback": [words]}
     else:
         defaults = {"data": {}, "metadata": {}}
-    present = {name: value for name, value in output.items() if value}
+    if output.output_type == "execute_result":
+        defaults["execution_count"] = None
+    present = {name: value for name, value in output.items() if value not in (None, [])}
     return NotebookNode({**defaults, **present})
 
 
 def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[str]:
-    """Write the executed notebook as a PDF beside it; print and return the exporter's notices.
+    """Write the executed notebook as `pdf`, or beside it; print and return the exporter's notices.
 
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
     to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
@@ -2455,7 +2318,7 @@ def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[st
         try:
             import_module("google.colab.files").download(str(pdf))
         except Exception as error:  # in VS Code there is no browser
-            warn(f"{pdf.resolve()} could not be downloaded ({error}).")
+            notice(f"{pdf.resolve()} could not be downloaded ({error}).")
     return exporter.notices
 
 
@@ -2478,16 +2341,18 @@ def colab_notebook() -> tuple[Path, NotebookNode] | None:
 
 def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
     """A notebook's file: `path`, else the one that the kernel knows, else the folder's only one."""
-    here = sorted(Path.cwd().glob("*.ipynb"))
-    known = [vars(sys.modules["__main__"]).get("__vsc_ipynb_file__"), os.getenv("JPY_SESSION_NAME")]
-    named = [Path(name) for name in known if name and Path(name).is_file()]
-    only = here if len(here) == 1 else []
-    candidates = [path] if path else named or only
-    if not candidates:
-        raise FileNotFoundError(
-            f"Which of {[file.name for file in here]} is this notebook? Save it, then call "
-            "utils.export_pdf(Path('FILE.ipynb')). In Colab, get the file by File > Download > "
-            ".ipynb and upload it."
-        )
-    path = candidates[0]
+    if path is None:
+        here = sorted(Path.cwd().glob("*.ipynb"))
+        main = vars(sys.modules["__main__"])
+        known = [main.get("__vsc_ipynb_file__"), os.getenv("JPY_SESSION_NAME")]
+        found = [Path(name) for name in known if name and Path(name).is_file()]
+        if not found and len(here) == 1:
+            found = here
+        if not found:
+            raise FileNotFoundError(
+                f"Which of {[file.name for file in here]} is this notebook? Save it, then call "
+                "utils.export_pdf(Path('FILE.ipynb')). In Colab, get the file by File > Download "
+                "> .ipynb and upload it."
+            )
+        path = found[0]
     return path, nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)

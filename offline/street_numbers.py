@@ -3,8 +3,7 @@
 The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 4): font glyphs
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
 stroke weight, outlines and shadows are one addition each, and a whole batch of crops is composed
-at once: geometry -> plate -> digits -> light -> camera. A classifier trained on these alone reads
-91 % of real SVHN. `render_street_numbers` is the way in.
+at once: geometry -> plate -> digits -> light -> camera. `render_street_numbers` is the way in.
 """
 
 from __future__ import annotations
@@ -175,7 +174,11 @@ class _Faces(NamedTuple):
 
 
 def _faces_with_choice(rng: torch.Generator, n: int) -> _Faces:
-    """All faces, and one for each crop; a family's chance grows as the root of its face count."""
+    """All faces, and one for each crop.
+
+    A face weighs 1 / sqrt(faces of its family): a family of four is chosen twice as often as one of
+    one.
+    """
     family_of, glyphs = [], []
     for number, family in enumerate(FONT_FAMILIES.values()):
         for face in family:
@@ -216,7 +219,7 @@ def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places
     return _Places(center, drop, begin.view(n, 1, 1), end.view(n, 1, 1))
 
 
-class _Number(NamedTuple):
+class _HouseNumber(NamedTuple):
     """The ink of the number in each crop, in digit heights."""
 
     field: Tensor  # n x 32 x 32, distance to the ink's edge, positive inside
@@ -224,7 +227,7 @@ class _Number(NamedTuple):
     right: Tensor  # n x 1 x 1, where it ends
 
 
-def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number:
+def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _HouseNumber:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
     faces = _faces_with_choice(rng, n)
@@ -234,6 +237,8 @@ def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number
     places = _place_digits(rng, half, exists)
 
     # Few fonts, many shapes: the waist moves up or down, the head widens, the bowls fill out.
+    # Below, `inner` is 0 at head and foot and 0.25 at the waist. Minus its middle, 0.125, it makes
+    # `bowl` widen the waist while it narrows head and foot.
     waist = _uniform(rng, -0.35, 0.35, n, 1, 1)
     taper = _normal(rng, 0.10, n, 1, 1)
     bowl = _normal(rng, 0.25, n, 1, 1)
@@ -241,7 +246,7 @@ def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number
     for place in range(5):
         glyph_u = (sign.u - places.center[:, place].view(n, 1, 1)) / stretch.view(n, 1, 1)
         glyph_v = sign.v - places.drop[:, place].view(n, 1, 1)
-        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # zero at the head and the foot
+        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)
         glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
         grid = torch.stack([glyph_u, glyph_v + waist * inner], dim=-1) / _FIELD_REACH
         glyph = faces.fields[faces.chosen, digits[:, place]].unsqueeze(1)
@@ -254,9 +259,9 @@ def _random_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _Number
     half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
     thinner = 0.25 * half_stroke
     thicker = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
-    change_from_thinnest = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
-    field = field + change_from_thinnest - thinner
-    return _Number(field, places.left, places.right)
+    above_thinnest = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
+    field = field + above_thinnest - thinner
+    return _HouseNumber(field, places.left, places.right)
 
 
 def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
@@ -272,7 +277,7 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     hue = torch.where(is_blue, bluish, any_hue)
     hue = torch.where(is_brown, brownish, hue)
     vivid = torch.rand(n, generator=rng)
-    chroma = 0.07 * vivid + 0.35 * (vivid - 0.75).clamp(min=0) * 2
+    chroma = 0.07 * vivid + 0.7 * (vivid - 0.75).clamp(min=0)
     chroma = torch.where(is_any_hue, chroma / 2, chroma)  # seldom a strong pink or green
     cb, cr = chroma * hue.cos(), chroma * hue.sin()
     rgb = torch.stack(
@@ -309,7 +314,7 @@ def _levels(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return contrast, ground_level, ink_level
 
 
-def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _Number) -> Tensor:
+def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _HouseNumber) -> Tensor:
     """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32).
 
     In six of ten crops that edge lies beyond the picture.
@@ -342,7 +347,8 @@ def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
     grain = _smooth_noise(rng, n, 1, 4) * 0.12 + _smooth_noise(rng, n, 1, 11) * 0.06
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     across = angle.cos() * x + angle.sin() * y
-    wave = (across * _uniform(rng, 4, 22, n, 1, 1) + 2 * angle).sin() * 0.12
+    phase = 2 * angle
+    wave = (across * _uniform(rng, 4, 22, n, 1, 1) + phase).sin() * 0.12
     wave = wave * _chance(rng, 0.2, n, 1, 1)
     return (grain[:, 0] + wave) * torch.rand(n, 1, 1, generator=rng) * contrast.view(n, 1, 1)
 
@@ -350,14 +356,15 @@ def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
 def _add_relief(
     rng: torch.Generator, paint: Tensor, field: Tensor, scale: Tensor, ground_level: Tensor
 ) -> Tensor:
-    """A shadow on one side of the digits, or the side of raised ones, and a glint on the other."""
+    """On a third of the crops a soft shadow, like the side of a raised digit; on one in seven a
+    bright copy on the opposite side."""
     n = len(field)
     reach = _uniform(rng, 0.04, 0.22, n, 1, 1)
     towards = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     dx, dy = reach * towards.cos(), reach * towards.sin()
-    softness = _uniform(rng, 0.3, 1.0, n, 1, 1)
+    sharpness = _uniform(rng, 0.3, 1.0, n, 1, 1)
     shadow = torch.maximum(_shift(field, dx, dy), _shift(field, dx / 2, dy / 2))
-    shadow = _coverage(shadow * scale * softness) * _uniform(rng, 0.2, 0.9, n, 1, 1)
+    shadow = _coverage(shadow * scale * sharpness) * _uniform(rng, 0.2, 0.9, n, 1, 1)
     shade = _colors(rng, n, (ground_level * _uniform(rng, 0.1, 0.8, n)).clamp(0, 1))
     paint = _mix(paint, shade, shadow * _chance(rng, 0.35, n, 1, 1))
 
@@ -366,7 +373,7 @@ def _add_relief(
     return _mix(paint, lit, glint * _uniform(rng, 0.2, 0.9, n, 1, 1))
 
 
-def _paint(rng: torch.Generator, sign: _Sign, number: _Number) -> tuple[Tensor, Tensor]:
+def _paint(rng: torch.Generator, sign: _Sign, number: _HouseNumber) -> tuple[Tensor, Tensor]:
     """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32, about 0..1), and contrast (n)."""
     field, scale = number.field, sign.scale
     n = len(field)
@@ -428,7 +435,8 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tens
     """Blurred and shrunk to `pixels` a side (n x 1 x 1, not whole numbers).
 
     The result is still 32 x 32: the small image lies in the first ceil(pixels) rows and columns,
-    and those beyond repeat its last one.
+    and those beyond repeat its last one. Row i of the small image averages the large one around the
+    place where it lies, with a Gaussian: the lens's blur, and 0.35 small pixels against aliasing.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
@@ -473,6 +481,7 @@ def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
     steps = 1 + 0.6 * (frequency.view(-1, 1, 1) + frequency)
     strength = torch.exp(_uniform(rng, np.log(0.01), np.log(0.1), n, 1, 1, 1)) * amount
     table = strength * steps * torch.tensor([1.0, 1.8, 1.8]).view(1, 1, 3, 1)
+    # In this layout `to_ycc @` multiplies the 3 x columns of each row: it mixes the colors.
     coded = _along_both_axes(dct, to_ycc @ image, dct.mT)
     coded = (coded / table).round_().mul_(table)
     return torch.linalg.inv(to_ycc) @ _along_both_axes(dct.mT, coded, dct)
@@ -520,7 +529,7 @@ def _render_chunk(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
     """n crops (uint8, n x 3 x 32 x 32) and their labels."""
     labels = torch.randint(0, 10, (n,), generator=rng)
     sign = _random_sign(rng, n)
-    number = _random_number(rng, labels, sign)
+    number = _random_house_number(rng, labels, sign)
     image, contrast = _paint(rng, sign, number)
     image = _light(rng, image, contrast)
     image = _camera(rng, image, sign.scale, contrast)

@@ -22,11 +22,6 @@ def run_record(machine="a", threads=2):
     return kind | {"data": {"MNIST": {"starter": starter}}}
 
 
-def test_the_network_has_the_starters_layer_order(bench):
-    kinds = [type(layer) for layer in bench.notebook.base_trunk()[:4]]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
-
-
 def test_a_step_is_about_the_nearest_orthogonal_one(bench):
     gradient = torch.randn(8, 4, 5, 5, generator=seeded())
     step = bench.orthogonal(gradient)

@@ -1,7 +1,7 @@
 """Checkpoints never lie: what decides a training's numbers trains again, what does not, does not.
 
-A student's module is written to a file and changed there, as cells of a notebook are. That a kernel
-and its workers agree is tested in test_parallel.py.
+A student's module is written to a file and changed there. That a kernel and its workers agree is
+tested in test_parallel.py.
 """
 
 import importlib
@@ -39,14 +39,6 @@ class Recipe:
 class Options:
     steps: list = field(default_factory=lambda: [1, 2])
 
-    @property
-    def last(self):
-        return self.steps[-1]
-
-    @last.setter
-    def last(self, value):
-        self.steps[-1] = value
-
 class Net(nn.Module):
     def __init__(self, scale=2.0):
         super().__init__()
@@ -57,9 +49,6 @@ class Net(nn.Module):
         return self.scale * self.layers(x)
 
 class Source:
-    def __new__(cls, *parts):
-        return object.__new__(cls)
-
     def __getitem__(self, number):
         return number
 
@@ -89,7 +78,7 @@ def add_noise(images, generator):
     return images + SHIFT * scale(torch.randn(images.shape, generator=generator))
 
 def power(x, exponent=EXPONENT):
-    return chosen(normalize(x)) ** exponent * Options().last
+    return chosen(normalize(x)) ** exponent * Options().steps[-1]
 
 def loss_fn(model, batch, smoothing):
     return power(model(batch)).mean() * SCALES["images"][1] + smoothing, {}
@@ -138,9 +127,7 @@ def student_key(folder, text):
         ("chosen = first", "chosen = second"),  # another lambda of the same line
         ("return images + 0", "return images - 0"),  # an inherited method
         ("return number", "return -number"),  # a special method
-        ("return object.__new__(cls)", "return super().__new__(cls)"),  # a static one
         ("[1, 2]", "[1, 3]"),  # what makes a default value
-        ("self.steps[-1] = value", "self.steps[0] = value"),  # what sets a property
         ("torch.nn.functional import", "torchvision.transforms.functional import"),  # a namesake
         ("smoothing: float = 0.1", "smoothing: float = 0.2"),  # a recipe
         ("    @torch.no_grad()\n", ""),  # a decorator
@@ -155,9 +142,9 @@ def test_a_change_of_what_decides_the_numbers_changes_the_key(old, new, tmp_path
     assert changed != student_key(tmp_path / "one", STUDENT)
 
 
-def test_another_folder_process_or_unused_function_does_not_change_the_key(tmp_path):
+def test_another_folder_process_comment_or_unused_function_does_not_change_the_key(tmp_path):
     key = student_key(tmp_path / "one", STUDENT)
-    unused = STUDENT + "\n\ndef unused(x):\n    return x\n"
+    unused = "\n\ndef unused(x):\n    return x\n" + STUDENT.replace("+ 0", "+ 0  # a comment")
     assert student_key(tmp_path / "a folder, été", unused) == key
     code = "import utils, student; print(utils.fingerprint(*student.parts()))"
     path = os.pathsep.join([str(Path(utils.__file__).parent), str(tmp_path / "one")])

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seeded
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import patterns, seeded
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 import utils
-
-LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=25)
 
 
 def embedded(nb, count, seed, dimensions=8):
@@ -24,29 +20,6 @@ def embedded(nb, count, seed, dimensions=8):
     generator = seeded(seed)
     z = torch.randn(count, dimensions, generator=generator)
     return nb.Digits(z, torch.randint(0, 10, (count,), generator=generator))
-
-
-def bars(count, channels, size, seed=0):
-    """Noise with a bright bar whose place tells the digit: easy to learn."""
-    labels = torch.arange(count) % 10
-    images = torch.randint(0, 60, (count, channels, size, size), generator=seeded(seed))
-    for image, digit in zip(images, labels.tolist(), strict=True):
-        image[:, 2 + 2 * digit : 5 + 2 * digit] += 180
-    return utils.Split(images.to(torch.uint8), labels)
-
-
-@settings(max_examples=60, deadline=None)
-@given(anchors=LABELS, others=LABELS, semi_hard=st.booleans(), seed=st.integers(0, 99))
-def test_positives_share_the_anchors_digit_negatives_do_not_and_the_mask_tells_who_has_both(
-    nb, anchors, others, semi_hard, seed
-):
-    torch.manual_seed(seed)
-    a, o = torch.tensor(anchors), torch.tensor(others)
-    distances = torch.rand(len(anchors), len(others)) if semi_hard else None
-    positive, negative, usable = nb.mine_triplets(a, o, distances)
-    assert usable.tolist() == [one in others and set(others) != {one} for one in anchors]
-    assert (o[positive] == a)[usable].all()
-    assert (o[negative] != a)[usable].all()
 
 
 def test_random_triplets_reach_every_positive_and_every_negative_equally_and_independently(nb):
@@ -64,6 +37,7 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
     distances = torch.cdist(x.z, y.z)
     positive, negative, usable = nb.mine_triplets(x.labels, y.labels, distances)
     assert usable.all()
+    assert (y.labels[positive] == x.labels).all()
     fallbacks = 0
     for row, label, p, n in zip(distances, x.labels, positive, negative, strict=True):
         negatives = row[y.labels != label]
@@ -85,7 +59,7 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
     for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
         d = d if semi_hard else None
         p, n, usable = nb.mine_triplets(anchors.labels, others.labels, d)
-        assert usable.all() == (anchors is y)
+        assert usable.tolist() == [label != 3 for label in anchors.labels.tolist()]
         rows = [part[usable] for part in (anchors.z, others.z[p], others.z[n])]
         sides.append(nn.TripletMarginLoss(0.2, reduction="none")(*rows))
     torch.manual_seed(3)  # the same random numbers, so the same triplets
@@ -147,7 +121,7 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
 @pytest.mark.parametrize(("small", "unit_sphere"), [(False, False), (True, True)])
 def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere):
     torch.manual_seed(0)
-    network, split = nb.StreetClassifier(), bars(12, 3, 32)
+    network, split = nb.StreetClassifier(), patterns(12, 0, 3, 32)
     model = nb.JointEmbedding(network, small, unit_sphere)
     features = nb.street_features(network, split)
     assert (features.shape, features.dtype) == ((12, 256), torch.float32)
@@ -158,7 +132,7 @@ def test_stored_features_give_the_embedding_of_the_pixels(nb, small, unit_sphere
         expected = expected / expected.norm(dim=1, keepdim=True)
     assert torch.allclose(z, expected, atol=1e-5)
     assert torch.allclose(model(utils.to_float(split.images)), expected, atol=1e-5)
-    handwritten = utils.predict(model, bars(12, 1, 28))
+    handwritten = utils.predict(model, patterns(12, 0, size=28))
     assert handwritten.shape == z.shape == (12, 64)
     assert torch.allclose(handwritten.norm(dim=1), torch.ones(12), atol=1e-5) == unit_sphere
 
@@ -168,7 +142,8 @@ def data(nb):
     """What an embedding is trained on; the features tell the digit."""
     labels = torch.arange(90) % 10
     street = nb.Digits(F.one_hot(labels, 256).float() * 3, labels)
-    return nb.EmbeddingData(bars(300, 1, 28, 1), bars(140, 1, 28, 2), street)
+    digits = patterns(440, 1, size=28)
+    return nb.EmbeddingData(digits.first(300), digits.take(range(300, 440)), street)
 
 
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):

@@ -242,6 +242,8 @@ def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
     assert len(files) == len(figures)
     results = json.loads((runs / "figures" / "results.json").read_text(encoding="utf-8"))
     assert results["profile"] == "tiny" and results["run"]["resumed"] is False
+    assert results["dynamics"]["matrix_by_autograd"]
+    assert results["dynamics"]["closed_form_error"] < 1e-12
     assert sorted(map(one_line, results["claims"])) == sorted(claim_sentences(done))
     for data in results["data"].values():  # a stand-in is never called by the real name
         assert data["real"] is False and data["name"] not in {"MNIST", "SVHN"}

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,7 +74,7 @@ import os, sys
 from functools import partial
 sys.path[:0] = [{str(Path(utils.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
 import small_training, utils
-utils.STAGE_MINUTES['tiny'] = {{'stage': 1, 'other': 9}}
+utils.RUN_PER_FIRST_STAGE['tiny'] = 9
 def loss(model, batch):
     return small_training.loss_fn(model, batch)
 def task(seed):
@@ -109,27 +107,19 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
         assert "stored" not in line
 
 
-def test_the_time_of_the_run_is_told_once_from_the_ratio_of_its_stages(monkeypatch, capsys):
-    monkeypatch.setitem(utils.STAGE_MINUTES, "tiny", {"a": 2.0, "b": 6.0, "c": 2.0})
-    utils.start_run("tiny", "noise")
-    utils.tell_time("unknown", 60)
-    utils.tell_time("b", 300)
-    utils.tell_time("a", 300)
-    printed = capsys.readouterr().out
-    assert printed.count("whole run") == 1
-    assert "The whole run takes about 8 minutes on this machine." in printed
-
-
-def test_the_time_of_a_stage_comes_from_its_first_epochs(monkeypatch, tmp_path):
-    """Five seconds to start the workers, then two seconds an epoch of a hundred."""
-    told, clock = [], [0.0]
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(utils, "tell_time", lambda title, seconds: told.append(seconds))
-    stage = utils.StageDisplay("stage", 100, tmp_path)
-    for epochs in range(14):
-        clock[0] = 5 + 2 * epochs
-        stage.estimate(epochs)
-    assert told[0] == pytest.approx(205, abs=3)
+def test_the_first_stage_tells_the_time_of_the_run_unless_its_trainings_were_stored(
+    monkeypatch, capsys
+):
+    monkeypatch.setitem(utils.RUN_PER_FIRST_STAGE, "tiny", 300)
+    told = []
+    for _ in range(2):  # the second run finds what the first one stored
+        utils.start_run("tiny", "noise")
+        for name in ("first", "second"):
+            run({name: partial(train, name=name, epochs=1)}, monkeypatch, jobs=1)
+        told.append(capsys.readouterr().out.count("The whole run takes about"))
+    assert told == [1, 0]
+    utils.announce_time(2.0)
+    assert "The whole run takes about 10 minutes on this machine." in capsys.readouterr().out
 
 
 def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
@@ -139,53 +129,40 @@ def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
     assert utils.n_jobs() == 3
 
 
-def test_what_idle_workers_hold_is_free_for_the_next_trainings(monkeypatch):
-    before = utils.memory_of_workers()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE):
-        assert utils.memory_of_workers() > before
-    monkeypatch.setattr(utils, "available_cores", lambda: 8)
-    monkeypatch.setattr(utils, "free_memory", lambda: 0)
-    monkeypatch.setattr(utils, "memory_of_workers", lambda: 3 * utils.MEMORY_OF_A_TRAINING)
+def test_no_more_trainings_than_memory_holds_run_at_a_time(monkeypatch):
+    monkeypatch.setattr(utils.joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(utils, "jobs_in_memory", lambda: 3)
     assert utils.n_jobs() == 3
+    monkeypatch.setattr(utils, "jobs_in_memory", lambda: 0)
+    assert utils.n_jobs() == 1
 
 
 def test_a_temporary_folder_that_vanished_costs_the_bar_alone(tmp_path):
-    _, history = utils.execute(partial(train, epochs=1), "noise", tmp_path / "gone" / "0")
+    _, history = utils.run_task(partial(train, epochs=1), "noise", tmp_path / "gone" / "epochs")
     assert len(history) == 1
-    assert utils.epoch_marks(tmp_path / "gone") == []
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """run_in_processes with threads in place of processes; returns what it asks loky for."""
+def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
+    """With threads in the place of processes; the first task ends last."""
     asked = {}
 
     def executor(**settings):
         asked.update(settings)
         return ThreadPoolExecutor(settings["max_workers"])
 
-    monkeypatch.setattr(utils, "get_reusable_executor", executor)
-    return asked
+    def run_in_worker(task):
+        return task(), ["SVHN, seed 1"]
 
-
-def test_each_key_gets_its_own_result_whichever_ends_first(threads):
     def after(seconds):
         time.sleep(seconds)
         return seconds
 
+    monkeypatch.setattr(utils, "get_reusable_executor", executor)
+    monkeypatch.setattr(utils, "run_in_worker", run_in_worker)
+    monkeypatch.setenv("A3_RUNS", "elsewhere")
+    utils.start_run("tiny", "noise")
     tasks = {seconds: partial(after, seconds) for seconds in (0.4, 0.0, 0.2, 0.1)}
     made = utils.run_in_processes(tasks, 2)
     assert list(made.items()) == [(seconds, seconds) for seconds in tasks]
-
-
-def test_workers_get_the_settings_of_now(threads, monkeypatch):
-    monkeypatch.setenv("A3_RUNS", "elsewhere")
-    utils.run_in_processes({"a": int}, 1)
-    assert threads["env"]["A3_RUNS"] == "elsewhere"
-
-
-def test_stored_trainings_of_workers_are_told(threads, monkeypatch):
-    monkeypatch.setattr(utils, "run_in_worker", lambda task, cells: (task(), ["SVHN, seed 1"]))
-    utils.start_run("tiny", "noise")
-    utils.run_in_processes({"a": int}, 1)
+    assert asked["env"]["A3_RUNS"] == "elsewhere"
     assert utils.stored_trainings() == ["SVHN, seed 1"]

@@ -68,6 +68,7 @@ def export(*cells: dict, folder: Path = ROOT) -> Exported:
 
 
 MARKDOWN = {
+    "<div>\nthe rate $\\alpha$ and $$x^2$$\n</div>": "the rate α and x2",
     "inline $ x^2 + \\alpha $ here": "inline x2 + α here",
     "<div class='alert'>my own answer</div>\n\n<details><summary>Why?</summary>\n\nbecause of "
     "*this*\n\n</details>": "my own answer Why? because of this",
@@ -202,6 +203,33 @@ def test_outputs_are_shown_in_their_best_form():
     assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
 
 
+def test_outputs_of_errors_without_words_and_of_code_stay_whole():
+    outputs = [
+        stream("before\n"),
+        new_output("error", ename="AssertionError", evalue="", traceback=["Traceback 17"]),
+        new_output("execute_result", {"text/plain": "value 18"}, execution_count=None),
+        shown({"text/html": "<pre>echo $HOME/$USER</pre>"}),
+    ]
+    pdf = export(code("f()", *outputs))
+    for words in ["before", "Traceback 17", "value 18", "echo $HOME/$USER"]:
+        assert words in pdf.text, words
+    assert not pdf.notices
+
+
+def test_colabs_metadata_of_widgets_costs_no_output():
+    nb = json.loads(notebook(code("f()", shown({"text/html": "<b>kept 19</b>"}))))
+    nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"id": {}}}
+    pdf = Exported(json.dumps(nb))
+    assert "kept 19" in pdf.text and not pdf.notices
+
+
+def test_a_text_for_the_appendix_stands_there():
+    text = md("moved words")
+    text.metadata["tags"] = ["to-appendix"]
+    pdf = export(text, md("body words"), code("plot()", tags=("appendix",)))
+    assert pdf.text.find("body words") < pdf.text.find("Appendix") < pdf.text.find("moved words")
+
+
 def test_a_table_longer_than_a_page_goes_on_on_the_next():
     rows = "".join(f"<tr><td>{n}</td><td>row{n}end</td></tr>" for n in range(150))
     pdf = export(code("f()", shown({"text/html": f"<table>{rows}</table>"})))
@@ -240,10 +268,20 @@ def test_head_body_and_appendix():
     ]
     pdf = export(*cells)
     order = "My Title|Name: Ada|4000|Bob|introduction|curve output|computed words|judged|Appendix|"
-    order = (order + "Curves plot()|check()|List list_all()|long list").split("|")
+    order = (order + "Curves plot()|List list_all()|long list").split("|")
     found = [pdf.text.find(words) for words in order]
     assert found == sorted(found) and min(found) >= 0
-    for words in ["@title", "make_text", "secret", "helper_module", "pip()", "export()", "NAME ="]:
+    hidden = [
+        "@title",
+        "make_text",
+        "check()",
+        "secret",
+        "helper_module",
+        "pip()",
+        "export()",
+        "NAME =",
+    ]
+    for words in hidden:
         assert words not in pdf.text, words
     fast = "cell 6: 2 of 3 claims do not hold: It is fast (in cell 3)"
     assert pdf.all_notices[0] == fast and "It is small" in pdf.all_notices[1]

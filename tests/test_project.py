@@ -54,17 +54,13 @@ def test_a_run_shows_what_cells_print_and_keeps_what_came_before_an_error(projec
     assert never.execution_count is None
 
 
-def test_a_run_works_in_the_project_and_writes_beside_its_output(project):
-    (cell,) = run_cells(project, code("import os\nprint(os.getcwd(), os.environ['A3_RUNS'])"))
-    assert cell.outputs[0].text == f"{project} {project / 'build' / 'runs'}\n"
-
-
-def test_a_run_drops_older_figures_and_stops_where_utils_changed_meanwhile(project):
+def test_a_run_writes_beside_its_output_drops_older_figures_and_stops_where_utils_changed(project):
     figures = project / "build" / "runs" / "figures"
     figures.mkdir(parents=True)
     (figures / "old.svg").touch()
     (project / "utils.py").touch()
-    run_cells(project, code("1"))
+    (cell,) = run_cells(project, code("import os\nprint(os.getcwd(), os.environ['A3_RUNS'])"))
+    assert cell.outputs[0].text == f"{project} {project / 'build' / 'runs'}\n"
     assert not figures.exists()
     with pytest.raises(SystemExit, match=r"utils\.py changed during the run"):
         run_cells(project, code("open('utils.py', 'w').write('x = 1')"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noise_split, seeded
+from conftest import noise_split, patterns
 from scipy import stats
 from torch import nn
 
@@ -13,15 +13,6 @@ import utils
 
 KINDS = ("mixed", "per domain", "separate passes")
 ROLES = ("handwritten", "street")
-
-
-def patterns(count, seed):
-    """Noisy images of ten fixed patterns, and their labels: easy to learn."""
-    generator = seeded(seed)
-    known = torch.randint(0, 2, (10, 1, 18, 18), generator=generator) * 200
-    noise = torch.randint(0, 56, (count, 1, 18, 18), generator=generator)
-    labels = torch.arange(count) % 10
-    return utils.Split((known[labels] + noise).to(torch.uint8), labels)
 
 
 def test_the_trunk_is_the_starters_base_cnn_and_a_head_has_one_hidden_layer(nb):
@@ -206,12 +197,13 @@ def test_summaries_have_the_mean_the_sample_deviation_and_fewer_than_three_value
     assert nb.percent(np.array([90.0, 91, 92, 93, 94])) == "92.00 ± 1.58"
 
 
-def test_a_paired_difference_has_the_t_interval_of_its_seeds(nb):
+def test_a_difference_has_the_t_interval_of_paired_or_of_unpaired_seeds(nb):
     ours, others = [99.5, 98.0, 99.9, 99.4, 98.1], [99.0, 98.2, 99.0, 99.0, 98.0]
     low, high = stats.ttest_rel(ours, others).confidence_interval()
-    expected = f"+0.34 ({low:+.2f} to {high:+.2f})".replace("-", "−")
-    assert nb.paired_difference(ours, others) == expected
-    assert nb.paired_difference([1.0], [1.5]) == "−0.50"
+    assert nb.paired_difference(ours, others) == f"+0.34 ({low:+.2f} to {high:+.2f})"
+    low, high = stats.ttest_ind(ours, others, equal_var=False).confidence_interval()
+    assert nb.unpaired_difference(ours, others) == f"+0.34 ({low:+.2f} to {high:+.2f})"
+    assert nb.paired_difference([1.0], [1.5]) == nb.unpaired_difference([1.0], [1.5]) == "-0.50"
 
 
 def test_curves_show_loss_and_error_of_both_parts_beside_each_other(nb):

@@ -47,9 +47,9 @@ def test_precision_is_what_was_asked_for(monkeypatch):
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == dtype
     monkeypatch.setenv("A3_PRECISION", "fp16")
-    assert utils.precision(torch.device("cuda")) == torch.float16
+    assert utils.forward_dtype(torch.device("cuda")) == torch.float16
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        utils.precision(CPU)
+        utils.forward_dtype(CPU)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, capsys):

@@ -167,8 +167,8 @@ def load_definitions(path: Path = NOTEBOOK) -> types.ModuleType:
 def helper_cell(source: str) -> str:
     """Text of the cell that carries `source` and writes it to utils.py where there is none.
 
-    The cell stops with the name of the file when `import utils` would find another one. Raises
-    ValueError for a source that cannot be quoted.
+    That cell raises ImportError where `import utils` would find another module. Raises ValueError
+    for a source that cannot be quoted.
     """
     if QUOTES in source:
         raise ValueError(f"utils.py must not hold {QUOTES}: the notebook quotes it with them.")
@@ -252,12 +252,9 @@ class QuietKernelManager(AsyncKernelManager):
     """
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-        """Ask the kernel to end, and kill it when it does not; `now`: kill it at once."""
-        if now:
-            await self.provisioner.kill(restart=restart)
-        else:
-            await self.request_shutdown(restart=restart)
-            await self.finish_shutdown(restart=restart)
+        """Ask the kernel to end, and kill it when it does not."""
+        await self.request_shutdown(restart=restart)
+        await self.finish_shutdown(restart=restart)
         await self.cleanup_resources(restart=restart)
 
 
@@ -306,7 +303,11 @@ class StreamingClient(nbclient.NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
     def show(self, text: str, transient: dict[str, str]) -> None:
-        """Show the text of a display that can change: in place if it is the last one."""
+        """Show the text of a display that can change.
+
+        The newest one is the bar. An older one, such as the run's first line when the run's time is
+        known, stands further up: only what was added at its end is printed.
+        """
         display = transient.get("display_id", "")
         if not display:
             return
@@ -317,18 +318,19 @@ class StreamingClient(nbclient.NotebookClient):
             self.last_display = display
         if display == self.last_display:
             self.console.progress(text)
-        else:  # it stands further up: print what was added at its end
+        else:
             self.console.print_line(text.removeprefix(before).strip())
 
 
 def run_notebook(output: Path) -> None:
     """Execute the notebook in the project's folder; stop at the first error.
 
-    The notebook is saved as far as it came. What it writes goes beside `output`: checkpoints and
-    figures into runs/ (or A3_RUNS). Raises SystemExit that names the cell that failed, or says that
-    utils.py changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
+    The notebook is saved as far as it came. Its checkpoints and figures go into A3_RUNS, else into
+    runs/ beside `output`; what the kernel's own process complains about goes into kernel.log beside
+    `output`. Raises SystemExit that names the cell that failed, or says that utils.py changed
+    meanwhile; nbclient's DeadKernelError where the kernel itself ended.
     """
-    helpers = helpers_now()
+    helpers = utils_content()
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -342,8 +344,10 @@ def run_notebook(output: Path) -> None:
     )
     runs = runs_of(output)
     shutil.rmtree(runs / "figures", ignore_errors=True)  # those of an earlier run
+    environment = os.environ | {"A3_RUNS": str(runs)}
     try:
-        client.execute(cwd=str(ROOT), env=os.environ | {"A3_RUNS": str(runs)})
+        with output.with_name("kernel.log").open("w", encoding="utf-8") as log:
+            client.execute(cwd=str(ROOT), env=environment, stderr=log)
     except nbclient.exceptions.CellExecutionError as error:
         raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
     finally:
@@ -352,18 +356,24 @@ def run_notebook(output: Path) -> None:
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
-    if helpers_now() != helpers:
+    if utils_content() != helpers:
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
 def runs_of(executed: Path) -> Path:
-    """Where a run puts its checkpoints and figures: A3_RUNS, else runs/ beside the notebook."""
-    return Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
+    """Where a run puts its checkpoints and figures: A3_RUNS, else runs/ beside the notebook.
+
+    Raises SystemExit where A3_RUNS is the project itself, whose figures/ is the committed run's.
+    """
+    runs = ROOT / Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
+    if runs.resolve() == ROOT:
+        raise SystemExit("A3_RUNS must be another folder than the project's own.")
+    return runs
 
 
-def helpers_now() -> bytes:
-    """The content of utils.py, which workers import anew at each step; nothing where it is not."""
+def utils_content() -> bytes:
+    """The content of utils.py, which new worker processes import; b"" where there is none."""
     path = ROOT / "utils.py"
     return path.read_bytes() if path.exists() else b""
 
@@ -446,7 +456,7 @@ def publish(executed: Path) -> None:
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     else:
-        take_outputs(committed, run)
+        copy_outputs(run, committed)
         if sources(tagged(committed, "claims")) != sources(tagged(run, "claims")):
             results["claims"] = judge_claims(committed, results)
     faults += results_faults(results)
@@ -491,7 +501,7 @@ def code_of(notebook: NotebookNode) -> list[str]:
 def code_that_runs(helper: str) -> str:
     """The helper cell without what no run executes: comments, docstrings, and the PDF export."""
     before, _, rest = helper.partition(QUOTES)
-    module, _, after = rest.rpartition(QUOTES)
+    module, _, after = rest.rpartition(QUOTES)  # the copy of utils.py, and the code below it
     tree = ast.parse(module.partition(PDF_SECTION)[0])
     for node in ast.walk(tree):
         if isinstance(node, WITH_DOCSTRING) and ast.get_docstring(node):
@@ -504,7 +514,7 @@ def sources(cells: Iterable[NotebookNode]) -> list[str]:
     return [cell.source for cell in cells]
 
 
-def take_outputs(committed: NotebookNode, executed: NotebookNode) -> None:
+def copy_outputs(executed: NotebookNode, committed: NotebookNode) -> None:
     """Give the code cells of `committed` the outputs of those of `executed`."""
     for cell, executed_cell in zip(code_cells(committed), code_cells(executed), strict=True):
         cell.outputs = executed_cell.outputs
@@ -514,8 +524,8 @@ def take_outputs(committed: NotebookNode, executed: NotebookNode) -> None:
 def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, bool]:
     """The claims of `notebook`, evaluated from the results of a run; their table is shown anew.
 
-    The cells tagged `claims` may use `results`, `claims` and what `begin` imports. The cell tagged
-    `claims-table` gets a new output.
+    The cells tagged `claims` may use json, math, np, utils, `results`, `claims`, and what earlier
+    ones of them define. The cell tagged `claims-table` gets a new output.
     """
     begin = (
         f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
@@ -566,7 +576,7 @@ def faults_of(output: NotebookNode) -> Iterator[str]:
     if output.get("name") == "stderr":
         yield f"left text on stderr: {output.text.strip()}"
     for text in texts_of(output):
-        for place in local_places():
+        for place in private_names():
             # Not within a longer name: example.org/home, /roots.
             if re.search(rf"(?<!\w){re.escape(place)}(?!\w)", text):
                 yield f"shows the local name {place}"
@@ -581,7 +591,7 @@ def texts_of(output: NotebookNode) -> list[str]:
     return texts
 
 
-def local_places() -> set[str]:
+def private_names() -> set[str]:
     """What no output may show: this machine's name, and where its users' files lie."""
     places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
     places.discard("/")  # the home of a user without one

@@ -38,12 +38,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from offline.training.common import CPU, notebook, write_text
+from offline.training.common import CPU, notebook
 from tools.notebook import ROOT, fill_readme, markdown_table
 
 notebook.device = CPU  # where its Loader puts the images: the bench uses no GPU
@@ -195,15 +196,18 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     torch.manual_seed(seed)
     train = in_gray(train)
     steps = max(1, round(epochs * len(train) / recipe.batch_size))
-    looks = notebook.Recipe(side=recipe.side, grow=recipe.grow, warp=recipe.warp)
+    on_images = notebook.Recipe(side=recipe.side, grow=recipe.grow, warp=recipe.warp)
+    # For the Loader the whole training is one epoch: it strings passes over the data together, and
+    # the images grow after 30 % of it.
     plan = utils.Plan("short", epochs=1, steps=steps, seed=seed)
-    loader = notebook.Loader(train, looks, recipe.batch_size, plan)
+    loader = notebook.Loader(train, on_images, recipe.batch_size, plan)
     model = nn.Sequential(
-        notebook.preprocessing(looks), notebook.base_trunk(), notebook.task_head()
+        notebook.preprocessing(on_images), notebook.base_trunk(), notebook.task_head()
     ).to(memory_format=torch.channels_last)
-    both = optimizers(model, recipe)
+    two_optimizers = optimizers(model, recipe)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: rate(step, steps)) for one in both
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+        for optimizer in two_optimizers
     ]
     for images, labels in loader.epoch(0):
         with utils.autocast(CPU):
@@ -211,7 +215,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
         model.zero_grad()
         loss.backward()
-        for optimizer, schedule in zip(both, schedules, strict=True):
+        for optimizer, schedule in zip(two_optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -240,6 +244,7 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
 
     The seconds are those of a part of an epoch, extrapolated.
     """
+    starter_training(data.train.first(256), 1)  # what is loaded once: not timed
     part = data.train.first(TIMED_IMAGES)
     _, seconds = timed(partial(starter_training, part, 1))
     whole = seconds * EPOCHS * len(data.train) / len(part)
@@ -276,7 +281,7 @@ def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[
 
 def arithmetic() -> str:
     """Number format and instructions of our trainings: 'bf16, AVX512'."""
-    number_format = {torch.float32: "fp32", torch.bfloat16: "bf16"}[utils.precision(CPU)]
+    number_format = {torch.float32: "fp32", torch.bfloat16: "bf16"}[utils.forward_dtype(CPU)]
     return f"{number_format}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -290,7 +295,7 @@ def processor() -> str:
 
 def this_kind(threads: int) -> Kind:
     """The kind of a run on this machine."""
-    return Kind(processor(), utils.machine(), arithmetic(), threads)
+    return Kind(processor(), utils.describe_machine(), arithmetic(), threads)
 
 
 def kind_of(record: dict[str, Any]) -> Kind:
@@ -366,14 +371,15 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     """The README's text with the table of the first record's machine; others' runs add no row."""
-    machines = [(record["processor"], record["machine"]) for record in records]
-    shown = [record for record, one in zip(records, machines, strict=True) if one == machines[0]]
+    processor, machine = records[0]["processor"], records[0]["machine"]
+    of_processor = [record for record in records if record["processor"] == processor]
+    shown = [record for record in of_processor if record["machine"] == machine]
     return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
-def save(records: list[dict[str, Any]]) -> None:
+def save_and_fill_readme(records: list[dict[str, Any]]) -> None:
     """Write bench.json and the README's table."""
-    write_text(RESULTS, json.dumps(records, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
@@ -384,7 +390,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train the starter's 20 epochs")
     arguments = parser.parse_args()
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
-    threads = min(2, utils.available_cores())
+    threads = min(2, joblib.cpu_count())
     torch.set_num_threads(threads)
     kind = this_kind(threads)
     records = load_records()
@@ -393,7 +399,7 @@ def main() -> None:
         data = load()
         found[data.name] = compare(data, records, kind, arguments.full)
     record = kind._asdict() | {"data": found}
-    save(with_record(records, record))
+    save_and_fill_readme(with_record(records, record))
     print(table([record]))
 
 

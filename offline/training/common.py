@@ -44,8 +44,3 @@ def describe_size(data: utils.DigitData) -> str:
         if data.real and len(split) != utils.SIZES[data.name][part]:
             parts[part] += f" of {utils.SIZES[data.name][part]:,}"
     return f"{data.name}: {parts['train']} training and {parts['test']} test images"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, all of it or nothing."""
-    utils.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

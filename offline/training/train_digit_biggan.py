@@ -12,17 +12,15 @@ For stability  two learning rates (Heusel et al. 2017), spectral norm (Miyato et
                exponential moving average of the generator's weights
 
 Measures the raw and the averaged generator of every 500th step with the evaluation classifier,
-which the generator never meets, and the final one by its classification accuracy score (CAS,
-Ravuri & Vinyals 2019). Writes digit_biggan.pt, evaluation_classifier.pt and digit_biggan_log.json
-into offline/weights. A stopped run goes on from what it left in A3_RUNS/digit_biggan: the guide,
-the last checkpoint, the evaluation classifier. After a change here, delete that folder first.
+which the generator never meets. Writes digit_biggan.pt, evaluation_classifier.pt and
+digit_biggan_log.json into offline/weights. A stopped run goes on from what it left in
+A3_RUNS/digit_biggan: the guide, the last checkpoint, the evaluation classifier. After a change
+here, delete that folder first.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import statistics
 import time
@@ -45,11 +43,12 @@ from offline.digit_biggan import (
     conv_norm_relu,
     untrained_digit_biggan,
 )
-from offline.training.common import CPU, describe_size, notebook, round_and_save, write_text
+from offline.training.common import CPU, describe_size, notebook, round_and_save
 
 CLASSES = len(DIGIT_CLASSES)
-# The classes of each data set, by its role in the notebook.
-FIRST_CLASS = {"street": 0, "handwritten": 10}  # of the ten of each data set
+# Where the ten classes of each data set begin in DIGIT_CLASSES; data sets by their role in the
+# notebook.
+FIRST_CLASS = {"street": 0, "handwritten": 10}
 STREET_BATCH = 40  # more than of the other set: SVHN is the harder one
 HANDWRITTEN_BATCH = 24
 BATCH = STREET_BATCH + HANDWRITTEN_BATCH
@@ -69,11 +68,9 @@ STEPS = 2600
 LOG_EVERY = 100  # steps
 SNAPSHOT_EVERY = 500  # steps
 GUIDE_STEPS = 800
-EVALUATION_STEPS = 1000
+EVALUATION_CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # a step, for guide and evaluation classifier
 AFFINE = (10, 0.05, 0.1, 0.1)  # degrees, shift, zoom, shear: see the notebook's random_affine
-CAS_IMAGES = 20_000
-CAS_EPOCHS = 10
 FRECHET_IMAGES = 2_000  # on each side of a Fréchet distance
 SEED = 0
 STATISTICS_SEED = 7  # of the noise that fills the batch-norm tables
@@ -254,11 +251,6 @@ def train_classifier(
 # ---- training of the generator -------------------------------------------------------
 
 
-def all_weights(model: nn.Module) -> Tensor:
-    """All parameters in one long row: a copy."""
-    return torch.cat([weight.detach().reshape(-1) for weight in model.parameters()])
-
-
 class Trainer:
     """Both networks, their optimizers, the moving average, the log, and where they stand."""
 
@@ -274,14 +266,6 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of one core
         self.log: list[dict[str, float]] = []
-
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks whose weights change, by name."""
-        return {
-            "generator": self.generator,
-            "average": self.average,
-            "discriminator": self.discriminator,
-        }
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: all that a stopped training needs to go on."""
@@ -352,7 +336,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the averaged weights towards the generator's; at first the average is short."""
+        """Move the averaged weights towards the generator's; at first they average few steps."""
         decay = min(EMA_DECAY, self.step / (self.step + 10))
         weights = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in weights:
@@ -362,18 +346,11 @@ class Trainer:
             average.copy_(latest)
 
 
-def log_row(
-    step: int, measured: list[dict[str, float]], before: dict[str, Tensor], after: dict[str, Tensor]
-) -> dict[str, float]:
-    """What the log says of the steps since its last entry.
-
-    The means of what `train_step` gave, and how far (Euclidean) each network's weights moved.
-    """
+def log_row(step: int, measured: list[dict[str, float]]) -> dict[str, float]:
+    """What the log says of the steps since its last entry: the means of what `train_step` gave."""
     row: dict[str, float] = {"step": step}
     for name in measured[0]:
         row[name] = round(statistics.mean(entry[name] for entry in measured), 4)
-    for name, weights in after.items():
-        row[f"moved_{name}"] = round((weights - before[name]).norm().item(), 4)
     return row
 
 
@@ -387,23 +364,20 @@ def save_snapshot(trainer: Trainer, runs: Path) -> None:
     utils.write_atomically(path, lambda temporary: torch.save(states, temporary))
 
 
-def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
-    """Train up to `steps`, with a snapshot every SNAPSHOT_EVERY steps.
+def train(trainer: Trainer, real: RealImages, runs: Path) -> None:
+    """Train up to STEPS, with a snapshot every SNAPSHOT_EVERY steps.
 
-    A log entry and a checkpoint come every LOG_EVERY steps and at the last one.
+    A log entry and a checkpoint come every LOG_EVERY steps.
     """
     start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
-    before = {name: all_weights(network) for name, network in trainer.networks().items()}
     measured: list[dict[str, float]] = []
-    while trainer.step < steps:
+    while trainer.step < STEPS:
         measured.append(trainer.train_step(real))
         # Before the checkpoint: a run that goes on from there would not come by here again.
         if trainer.step % SNAPSHOT_EVERY == 0:
             save_snapshot(trainer, runs)
-        if trainer.step % LOG_EVERY == 0 or trainer.step == steps:
-            after = {name: all_weights(network) for name, network in trainer.networks().items()}
-            row = log_row(trainer.step, measured, before, after)
-            before = after
+        if trainer.step % LOG_EVERY == 0:
+            row = log_row(trainer.step, measured)
             measured = []
             trainer.log.append(row)
             trainer.seconds = time.process_time() - start
@@ -418,7 +392,9 @@ def train(trainer: Trainer, real: RealImages, steps: int, runs: Path) -> None:
 def standing_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
-    The same noise directions serve every row, so the tables vary smoothly with the truncation.
+    First the spectral norms settle. Then, for each row, noise of that truncation goes through with
+    only the batch norms in train mode, so that each stores what it sees. The same noise directions
+    serve every row, so the tables vary smoothly with the truncation.
     """
     labels = torch.arange(CLASSES).repeat(per_class)
     model.train()
@@ -492,38 +468,6 @@ def quality(
     return result
 
 
-def train_and_test(model: nn.Module, train: utils.Split, test: utils.Split, epochs: int) -> float:
-    """Accuracy in percent on `test` of `model` trained on `train` (both gray).
-
-    AdamW with one cycle, label smoothing 0.1, batches of 128, small random affine changes.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    model = model.train().to(memory_format=torch.channels_last)
-    steps = epochs * math.ceil(len(train) / 128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for _ in range(epochs):
-        for index in torch.randperm(len(train), generator=generator).split(128):
-            images = utils.to_float(train.images[index])
-            images = notebook.random_affine(images, generator, AFFINE)
-            with utils.autocast(CPU):
-                logits = model(images.to(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return utils.percent_right(model.eval(), test, CPU)
-
-
-def generated_split(model: BigGAN, role: str, count: int) -> utils.Split:
-    """`count` generated images of one role at truncation 1, gray, labels 0 to 9."""
-    digits = torch.arange(10).repeat(count // 10)
-    images = sample(model, digits + FIRST_CLASS[role], 1.0, seed=23)
-    rounded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return notebook.gray(utils.Split(rounded, digits))
-
-
 def reference_features(
     parts: dict[str, RealImages], classifier: EvaluationClassifier
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -572,20 +516,6 @@ def save_final(
     return {"sha256": sha256, "final": final}
 
 
-def classification_accuracy_scores(model: BigGAN, test: RealImages) -> dict[str, float]:
-    """Percent of real test digits read by the notebook's CNN, trained on generated ones alone."""
-    scores = {}
-    for role in FIRST_CLASS:
-        generated = generated_split(model, role, CAS_IMAGES)
-        torch.manual_seed(SEED)
-        cnn = nn.Sequential(notebook.base_trunk(), notebook.task_head())
-        real = notebook.gray(test.splits[role])  # leaves MNIST's one channel as it is
-        accuracy = train_and_test(cnn, generated, real, CAS_EPOCHS)
-        scores[role] = round(accuracy, 2)
-    print(json.dumps(scores), flush=True)
-    return scores
-
-
 def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
     """The main settings of training and measuring, and what the training took, for the log."""
     return {
@@ -601,19 +531,14 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
         "class_weight": CLASS_WEIGHT,
         "ema_decay": EMA_DECAY,
         "guide_steps": GUIDE_STEPS,
-        "evaluation_steps": EVALUATION_STEPS,
+        "evaluation_steps": EVALUATION_CLASSIFIER_STEPS,
         "images_compared": FRECHET_IMAGES,
-        "cas_images": CAS_IMAGES,
-        "cas_epochs": CAS_EPOCHS,
-        "machine": utils.machine(),
+        "machine": utils.describe_machine(),
     }
 
 
 def main() -> None:
     """Train guide, generator and evaluation classifier, measure, replace the committed files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="even a few replace the weights")
-    steps = parser.parse_args().steps
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     torch.set_num_threads(1)  # the same sums in the same order
     runs = utils.runs_folder() / "digit_biggan"
@@ -628,17 +553,15 @@ def main() -> None:
     checkpoint = runs / "checkpoint.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
-        if trainer.step > steps:
-            raise SystemExit(f"{runs} holds {trainer.step} steps: delete that folder first.")
         print(f"going on from step {trainer.step}", flush=True)
-    train(trainer, train_images, steps, runs)
+    train(trainer, train_images, runs)
 
     torch.manual_seed(SEED + 2)
     # Trained into the runs folder: the file in WEIGHTS is an earlier run's.
     classifier = train_classifier(
         EvaluationClassifier(),
         train_images,
-        EVALUATION_STEPS,
+        EVALUATION_CLASSIFIER_STEPS,
         runs / "evaluation_classifier.pt",
         seed=2,
     )
@@ -653,9 +576,9 @@ def main() -> None:
     log["snapshots"] = measure_snapshots(runs, classifier, reference)
     log |= save_final(trainer.average, classifier, reference)
     log["sha256_evaluation_classifier"] = sha256
-    log["cas"] = classification_accuracy_scores(trainer.average, test_images)
     log["steps"] = trainer.log
-    write_text(WEIGHTS / "digit_biggan_log.json", json.dumps(log, indent=1) + "\n")
+    text = json.dumps(log, indent=1) + "\n"
+    (WEIGHTS / "digit_biggan_log.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

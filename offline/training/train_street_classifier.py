@@ -10,7 +10,6 @@ the folder A3_RUNS; after a change of the recipe, delete that checkpoint first.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import utils
-from offline.training.common import CPU, describe_size, notebook, round_and_save, write_text
+from offline.training.common import CPU, describe_size, notebook, round_and_save
 
 TARGET = utils.OFFLINE / "weights" / "street_classifier.pt"
 AUGMENTATION = (  # in words, for the .json; `augmented` does it
@@ -68,10 +67,10 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=torch.channels_last), split.labels[index]
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int) -> float:
     """The rate of a step: it warms up, stays at its peak, and falls to zero in a straight line."""
     share_of_warm_up = (step + 1) / WARM_UP  # above 1 when it is over
-    share_of_decay_left = (steps - step) / (DECAY * steps)  # above 1 before it begins
+    share_of_decay_left = (STEPS - step) / (DECAY * STEPS)  # above 1 before it begins
     return PEAK_LR * min(1, share_of_warm_up, share_of_decay_left)
 
 
@@ -123,8 +122,8 @@ class Trainer:
         return loss.item()
 
 
-def train(model: nn.Module, split: utils.Split, steps: int, checkpoint: Path) -> float:
-    """Train `model` for `steps`, and leave in it the moving average of its weights.
+def train(model: nn.Module, split: utils.Split, checkpoint: Path) -> float:
+    """Train `model` for STEPS steps, and leave in it the moving average of its weights.
 
     Goes on from `checkpoint` where there is one. Returns the core-minutes taken, those before an
     interruption included.
@@ -132,15 +131,13 @@ def train(model: nn.Module, split: utils.Split, steps: int, checkpoint: Path) ->
     trainer = Trainer(model)
     if checkpoint.exists():
         trainer.load(checkpoint)
-        if trainer.step > steps:
-            raise SystemExit(f"{checkpoint} is at step {trainer.step} already: delete it first.")
     start = time.process_time() - trainer.seconds  # as if nothing had interrupted it
     losses = []
-    while trainer.step < steps:
+    while trainer.step < STEPS:
         images, labels = batch_of(split, trainer.step)
-        rate = learning_rate(trainer.step, steps)
+        rate = learning_rate(trainer.step)
         losses.append(trainer.train_step(images, labels, rate))
-        if trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == steps:
+        if trainer.step % CHECKPOINT_EVERY == 0:
             trainer.seconds = time.process_time() - start
             trainer.save(checkpoint)
             loss = statistics.mean(losses)
@@ -169,9 +166,6 @@ def recipe() -> dict[str, object]:
 
 def main() -> None:
     """Train g, measure it on real and on rendered crops, and replace the committed weights."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="even a few replace the weights")
-    steps = parser.parse_args().steps
     torch.set_num_threads(1)  # the same sums in the same order
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     street = utils.load_svhn()
@@ -179,7 +173,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = notebook.StreetClassifier(dropout=DROPOUT)
     checkpoint = utils.runs_folder() / "street_classifier_checkpoint.pt"
-    minutes = train(model, street.train, steps, checkpoint)
+    minutes = train(model, street.train, checkpoint)
     sha256 = round_and_save(model, TARGET)
 
     accuracy = {}
@@ -189,14 +183,14 @@ def main() -> None:
         "accuracy": accuracy,
         "trained_on": describe_size(street),
         "recipe": recipe(),
-        "steps": steps,
-        "epochs": round(steps * BATCH / len(street.train), 1),
+        "steps": STEPS,
+        "epochs": round(STEPS * BATCH / len(street.train), 1),
         "core_minutes": round(minutes, 1),
-        "machine": utils.machine(),
+        "machine": utils.describe_machine(),
         "sha256": sha256,
     }
     text = json.dumps(record, indent=1) + "\n"
-    write_text(TARGET.with_suffix(".json"), text)
+    TARGET.with_suffix(".json").write_text(text, encoding="utf-8")
     print(text)
 
 
