@@ -327,7 +327,8 @@ def wait_for_answer(url: str) -> None:
     """
     request = urllib.request.Request(url, method="HEAD")
     # The timeout of urlopen does not cover the wait for a name server. So it runs in a thread that
-    # is left alone after TIMEOUT; its own timeout only ends that thread, so that Python can exit.
+    # is left alone after TIMEOUT. Python's exit waits for that thread: 2 * TIMEOUT at most, or
+    # until the name server's time is up.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -694,7 +695,7 @@ def load_our_g(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Percent of `split` that `model` classifies right, in float32 on any machine.
+    """Percent of `split` that `model` classifies right, without autocast.
 
     `model` must be in eval mode and on `device`.
     """
@@ -786,7 +787,8 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
 def load_digit_generator(device: torch.device) -> ImageGenerator:
     """The digit BigGAN that offline/training/train_digit_biggan.py trained, 32 x 32.
 
-    Raises DataError without the folder offline/, ImportError without pytorch-pretrained-biggan.
+    Raises DataError without the folder offline/, FileNotFoundError without its weights, ImportError
+    without pytorch-pretrained-biggan.
     """
     require_offline("The digit BigGAN")
     from offline import digit_biggan
@@ -1251,8 +1253,8 @@ def is_in_source(name: str, member: object) -> bool:
     if not name.startswith("__"):
         # All such names stand in the text, except one that abc adds. Enum adds more; we have none.
         return name != "_abc_impl"
-    # Of the others, such as __module__ or __init__, only functions decide numbers. @dataclass makes
-    # its own from "<string>".
+    # Of the others, such as __module__ or __init__, only functions decide numbers. A NamedTuple's
+    # are functions of the module collections, and @dataclass makes its own from "<string>".
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
@@ -1504,7 +1506,10 @@ class StageDisplay:
                 self.bar.update(self.epochs_file.stat().st_size - self.bar.n)
 
     def finish(self, trainings: int) -> None:
-        """The stage has its results: compose the line that stays."""
+        """The stage has its results: keep its time, and compose the line that stays.
+
+        The first stage of a run also tells how long the run takes.
+        """
         seconds = time.perf_counter() - self.started
         stored = len(_run.stored) - self.stored_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
@@ -1803,7 +1808,7 @@ class TypstPDFExporter(HTMLExporter):
                 part.soup.insert(0, listing)
             home = appendix if "to-appendix" in cell.metadata.tags else body
             home.append(part)
-        mend_links([part.soup for part in body + appendix])
+        self.mend_links([part.soup for part in body + appendix])
         head = self.make_head(body)  # takes the title out of the body
         return [head, *body], [part for part in appendix if part.soup.find(True)]
 
@@ -1852,8 +1857,10 @@ class TypstPDFExporter(HTMLExporter):
         markdown = data.get("text/markdown") or data.get("text/latex")
         image_type = next((kind for kind in IMAGE_TYPES if kind in data), "")
         if image_type:
-            html = figure_html(image_type, data[image_type], about.get("caption", ""))
-            output.data = {"text/html": html}
+            words = escape(about.get("caption", ""))
+            image = figure_image(image_type, data[image_type], words)
+            caption = f"<figcaption>{self.mark_formulas(words)}</figcaption>"
+            output.data = {"text/html": f"<figure>{image}{caption}</figure>"}
         elif markdown:
             output.data = {"text/markdown": markdown}
         elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
@@ -1937,6 +1944,25 @@ class TypstPDFExporter(HTMLExporter):
         return 1, ""
 
     # HTML for paper
+
+    def mend_links(self, soups: list[BeautifulSoup]) -> None:
+        """Give headings ids, and let links lead to them; broken and very long ones become words."""
+        headings = [heading for soup in soups for heading in soup(re.compile(r"^h[1-6]$"))]
+        ids = {}
+        for number, heading in enumerate(headings):
+            heading["id"] = f"section-{number}"
+            # Of headings with the same words, links lead to the first.
+            ids.setdefault(slug(self.plain_text(heading)), heading["id"])
+        for soup in soups:
+            for link in soup("a"):
+                address = link.get("href", "")
+                if address.startswith("#"):
+                    address = "#" + ids.get(slug(address), "")
+                is_broken = address in ("", "#")
+                if is_broken or len(address) > LONGEST_LINK:
+                    link.unwrap()
+                else:
+                    link.attrs = {"href": address}
 
     def tidy(self, part: Part) -> None:
         """Change a cell's HTML to what can be printed, and note what cannot."""
@@ -2197,33 +2223,11 @@ def is_printed(output: NotebookNode) -> bool:
     return not is_caption and not is_empty
 
 
-def figure_html(media_type: str, content: str, caption: str) -> str:
-    """HTML of an output's image: SVG as text, others as base64."""
+def figure_image(media_type: str, content: str, alt: str) -> str:
+    """HTML of an image: SVG comes as text, others as base64."""
     if media_type == "image/svg+xml":
         content = base64.b64encode(content.encode()).decode()
-    words = escape(caption)
-    image = f'<img alt="{words}" src="data:{media_type};base64,{content}">'
-    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
-
-
-def mend_links(soups: list[BeautifulSoup]) -> None:
-    """Give headings ids, and let links lead to them; broken and very long links become words."""
-    headings = [heading for soup in soups for heading in soup(re.compile(r"^h[1-6]$"))]
-    ids = {}
-    for number, heading in enumerate(headings):
-        heading["id"] = f"section-{number}"
-        # Of headings with the same words, links lead to the first.
-        ids.setdefault(slug(heading.get_text()), heading["id"])
-    for soup in soups:
-        for link in soup("a"):
-            address = link.get("href", "")
-            if address.startswith("#"):
-                address = "#" + ids.get(slug(address), "")
-            is_broken = address in ("", "#")
-            if is_broken or len(address) > LONGEST_LINK:
-                link.unwrap()
-            else:
-                link.attrs = {"href": address}
+    return f'<img alt="{alt}" src="data:{media_type};base64,{content}">'
 
 
 def slug(heading: str) -> str:

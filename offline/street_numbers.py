@@ -2,8 +2,8 @@
 
 The idea is that of Synthetic Digits -> SVHN (Ganin and Lempitsky 2015, section 4): font glyphs
 with the disturbances of a street photograph. Glyphs are kept as signed distance fields, so that
-stroke weight, outlines and shadows are one addition each, and a whole batch of crops is composed
-at once: geometry -> plate -> digits -> light -> camera. `render_street_numbers` is the way in.
+stroke weight and outlines are one addition each, and a whole batch of crops is composed at once:
+geometry -> plate -> digits -> light -> camera. `render_street_numbers` is the way in.
 """
 
 from __future__ import annotations
@@ -236,9 +236,10 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes: the waist moves up or down, the head widens, the bowls fill out.
-    # Below, `inner` is 0 at head and foot and 0.25 at the waist. Minus its middle, 0.125, it makes
-    # `bowl` widen the waist while it narrows head and foot.
+    # Few fonts, many shapes: the waist moves up or down, the head widens, the bowls fill out. A
+    # larger glyph_u is further out in the glyph, so that there the digit gets narrower. Below,
+    # `inner` is 0 at head and foot and 0.25 at the waist: `bowl` narrows the waist and widens head
+    # and foot, or, where it is negative, the reverse.
     waist = _uniform(rng, -0.35, 0.35, n, 1, 1)
     taper = _normal(rng, 0.10, n, 1, 1)
     bowl = _normal(rng, 0.25, n, 1, 1)
@@ -347,7 +348,7 @@ def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
     grain = _smooth_noise(rng, n, 1, 4) * 0.12 + _smooth_noise(rng, n, 1, 11) * 0.06
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     across = angle.cos() * x + angle.sin() * y
-    phase = 2 * angle
+    phase = 2 * angle  # any one: the angle is random
     wave = (across * _uniform(rng, 4, 22, n, 1, 1) + phase).sin() * 0.12
     wave = wave * _chance(rng, 0.2, n, 1, 1)
     return (grain[:, 0] + wave) * torch.rand(n, 1, 1, generator=rng) * contrast.view(n, 1, 1)

@@ -72,3 +72,19 @@ def test_a_short_training_makes_color_images_gray(bench):
     assert not model.training
     with torch.no_grad():
         assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
+def test_the_quick_gray_is_the_notebooks_to_one_level(bench):
+    split = noise_split(64, channels=3)
+    exact = bench.notebook.gray(split).images
+    quick = bench.gray_bytes(split.images)
+    assert quick.dtype == torch.uint8 and quick.shape == exact.shape
+    assert (quick.int() - exact.int()).abs().max() <= 1
+
+
+def test_the_quick_resampling_is_the_notebooks_to_one_level(bench):
+    split = noise_split(64, size=32)
+    exact = bench.notebook.resample_split(split, bench.notebook.Recipe(side=24)).images
+    quick = bench.resized(split.images, 24)
+    assert quick.dtype == torch.uint8 and quick.shape == exact.shape
+    assert (quick.int() - exact.int()).abs().max() <= 1

@@ -91,11 +91,17 @@ def test_markdown_and_html_are_set(tmp_path):
 
 def test_links_lead_to_headings_and_the_words_of_broken_ones_stay():
     links = "[1 (b)](#1-(b)-Each-data-set), [git](#1-b-each-data-set), [web](https://a.org/b)"
+    links += ", [map](#The-map-$A$)"
     broken = f"[dead](#nowhere), [empty](), [long](http://a/{'x' * 2500})"
-    headings = [md("## 1 (b) Each data set"), md("## Curves"), md("## Curves")]
+    headings = [
+        md("## 1 (b) Each data set"),
+        md("## Curves"),
+        md("## Curves"),
+        md("## The map $A$"),
+    ]
     pdf = export(md(f"# Title\n{links}, {broken}"), *headings)
-    assert "1 (b), git, web, dead, empty, long" in pdf.text and not pdf.notices
-    assert len(pdf.links) == 3
+    assert "1 (b), git, web, map, dead, empty, long" in pdf.text and not pdf.notices
+    assert len(pdf.links) == 4
 
 
 def test_what_cannot_be_shown_is_named():
@@ -188,8 +194,10 @@ def test_outputs_are_shown_in_their_best_form():
         shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
         shown({"text/html": "<b>html words</b> $x^2 &lt; y$"}),
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
-        shown({"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words."),
-        shown({"text/markdown": "*Figure 7. Words.*"}, is_caption=True),
+        shown(
+            {"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words, $x^2$."
+        ),
+        shown({"text/markdown": "*Figure 7. $x^2$.*"}, is_caption=True),
         new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
     pdf = export(code("f()", *outputs))
@@ -200,7 +208,7 @@ def test_outputs_are_shown_in_their_best_form():
         assert words in pdf.text, words
     for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
         assert words not in pdf.text, words
-    assert pdf.text.count("Figure 7. Words.") == 1 and not pdf.notices
+    assert pdf.text.count("Figure 7. x2.") == 1 and not pdf.notices
 
 
 def test_outputs_of_errors_without_words_and_of_code_stay_whole():

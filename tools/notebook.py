@@ -356,7 +356,7 @@ def run_notebook(output: Path) -> None:
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
-    if utils_content() != helpers:
+    if helpers and utils_content() != helpers:  # without one, the helper cell has made it
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
@@ -441,10 +441,11 @@ def publish(executed: Path) -> None:
     """Make an executed notebook the committed one, with its figures, results and README table.
 
     The text is the committed notebook's; its code must be that of the run. After a run one may
-    still correct Markdown cells; comments, docstrings and the PDF section of utils.py (not the
+    still correct Markdown cells; in utils.py, comments, docstrings and the PDF section (not the
     imports at its top); and claims, which are then evaluated again from the run's results. Raises
     SystemExit with every reason why a run cannot be published.
     """
+    executed = executed.resolve()
     figures = runs_of(executed) / "figures"
     for path in (executed, figures / "results.json"):
         require_run_file(path)
@@ -525,19 +526,24 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, b
     """The claims of `notebook`, evaluated from the results of a run; their table is shown anew.
 
     The cells tagged `claims` may use json, math, np, utils, `results`, `claims`, and what earlier
-    ones of them define. The cell tagged `claims-table` gets a new output.
+    ones of them define. The cell tagged `claims-table` gets a new output. Raises SystemExit with
+    the error of a claim that needs more.
     """
     begin = (
         f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
     )
     table = only_tagged(notebook, "claims-table")
     texts = [begin, *sources(tagged(notebook, "claims")), table.source]
-    texts.append("print(json.dumps(results['claims']))")
+    texts.append("print(json.dumps({sentence: bool(holds) for sentence, holds in claims.items()}))")
     trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
     client = nbclient.NotebookClient(
         trial, kernel_name="python3", extra_arguments=["--log-level=ERROR"]
     )
-    client.execute(cwd=str(ROOT))
+    try:
+        client.execute(cwd=str(ROOT))
+    except nbclient.exceptions.CellExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+        raise SystemExit(f"The claims cannot be judged from results.json: {reason}") from None
     *_, judged, printed = trial.cells
     table.outputs = judged.outputs
     return json.loads(printed.outputs[0].text)

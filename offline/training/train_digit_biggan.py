@@ -389,7 +389,7 @@ def train(trainer: Trainer, real: RealImages, runs: Path) -> None:
 
 
 @torch.no_grad()
-def standing_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
+def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
     First the spectral norms settle. Then, for each row, noise of that truncation goes through with
@@ -496,7 +496,7 @@ def measure_snapshots(
         entry: dict = {"step": int(path.stem.partition("-")[2])}
         for name, state in torch.load(path, weights_only=True).items():
             model = trainable_biggan(state)
-            standing_statistics(model, [50], per_class=40)  # truncation 1 alone
+            fill_statistics(model, [50], per_class=40)  # truncation 1 alone
             entry[name] = quality(model, classifier, reference, 1.0)
         entries.append(entry)
         print(json.dumps(entry), flush=True)
@@ -507,7 +507,7 @@ def save_final(
     model: BigGAN, classifier: EvaluationClassifier, reference: dict[str, Tensor]
 ) -> dict:
     """Give `model` its statistics for every truncation, write digit_biggan.pt, and measure it."""
-    standing_statistics(model, range(51), per_class=25)
+    fill_statistics(model, range(51), per_class=25)
     sha256 = round_and_save(model, WEIGHTS / "digit_biggan.pt")
     final = {}
     for truncation in (0.4, 0.7, 1.0):
