@@ -197,7 +197,7 @@ def test_outputs_are_shown_in_their_best_form():
         shown(
             {"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words, $x^2$."
         ),
-        shown({"text/markdown": "*Figure 7. $x^2$.*"}, is_caption=True),
+        shown({"text/markdown": "*Figure 7. Words, $x^2$.*"}, is_caption=True),
         new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
     pdf = export(code("f()", *outputs))
@@ -208,7 +208,7 @@ def test_outputs_are_shown_in_their_best_form():
         assert words in pdf.text, words
     for words in ["line 250", "40%", "Styler", "<Figure", "Intersection", "[31m", "[1m"]:
         assert words not in pdf.text, words
-    assert pdf.text.count("Figure 7. x2.") == 1 and not pdf.notices
+    assert pdf.text.count("Figure 7. Words, x2.") == 1 and not pdf.notices
 
 
 def test_outputs_of_errors_without_words_and_of_code_stay_whole():
