@@ -327,8 +327,8 @@ def wait_for_answer(url: str) -> None:
     """
     request = urllib.request.Request(url, method="HEAD")
     # The timeout of urlopen does not cover the wait for a name server. So it runs in a thread that
-    # is left alone after TIMEOUT. Python's exit waits for that thread: 2 * TIMEOUT at most, or
-    # until the name server's time is up.
+    # is left alone after TIMEOUT. Its own timeout is twice as long, so that it is always `result`
+    # that gives up; Python's exit waits for the thread.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -344,7 +344,7 @@ def wait_for_answer(url: str) -> None:
 
 
 def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
-    """`fetch()`, once the server of `url` answers; one that RETRYABLE names is tried once more."""
+    """`fetch()`, once the server of `url` answers; tried again after an error of RETRYABLE."""
     wait_for_answer(url)
     print(f"Downloading {url}", flush=True)
     with redirect_stderr(sys.stdout):  # for progress bars: a notebook shows stderr in red
@@ -1230,7 +1230,8 @@ def content_of_class(part: type) -> list:
 @content_of.register
 def content_of_code(part: CodeType) -> list:
     names = [part.co_names, part.co_varnames]
-    return [part.co_code, part.co_exceptiontable, part.co_consts, names]  # inner functions: consts
+    # Functions within it are among its constants.
+    return [part.co_code, part.co_exceptiontable, part.co_consts, names]
 
 
 def is_ours(module: str | None) -> bool:
@@ -1251,14 +1252,13 @@ def is_ours(module: str | None) -> bool:
 def is_in_source(name: str, member: object) -> bool:
     """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
     if not name.startswith("__"):
-        # All such names stand in the text, except one that abc adds. Enum adds more; we have none.
-        return name != "_abc_impl"
-    # Of the others, such as __module__ or __init__, only functions decide numbers. A NamedTuple's
-    # are functions of the module collections, and @dataclass makes its own from "<string>".
+        return name != "_abc_impl"  # which abc adds
+    # Of the names with two underscores, only functions decide numbers.
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
     module = function.__globals__.get("__name__")
+    # __repr__ of a NamedTuple is Python's; __init__ of a dataclass is made from "<string>".
     return is_ours(module) and function.__code__.co_filename != "<string>"
 
 
@@ -1864,9 +1864,7 @@ class TypstPDFExporter(HTMLExporter):
         elif markdown:
             output.data = {"text/markdown": markdown}
         elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
-            # Dollars within code are no formulas.
-            html = str(soup) if soup.find(["pre", "code"]) else self.mark_formulas(str(soup))
-            output.data = {"text/html": html}
+            output.data = {"text/html": self.mark_formulas(str(soup))}
         elif set(data) - {"text/plain"}:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
             self.note(number, what)
@@ -1910,7 +1908,12 @@ class TypstPDFExporter(HTMLExporter):
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
     def mark_formulas(self, html: str) -> str:
-        """HTML with a mark in the place of each formula in dollars, one or two."""
+        """HTML with a mark in the place of each formula in dollars, one or two.
+
+        HTML with code stays as it is, as dollars within code are no formulas.
+        """
+        if re.search(r"<(pre|code)\b", html):
+            return html
 
         def mark(found: re.Match) -> str:
             return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
@@ -2217,7 +2220,7 @@ def longest_words(table: Tag) -> list[int]:
 
 
 def is_printed(output: NotebookNode) -> bool:
-    """Whether an output has something of its own for the PDF, which sets captions at figures."""
+    """Whether the PDF shows an output: not a figure's caption, which stands at the figure."""
     is_caption = output.get("metadata", {}).get("is_caption", False)
     is_empty = output.get("data") == {}  # streams and errors have no field of that name
     return not is_caption and not is_empty

@@ -236,18 +236,16 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes: the waist moves up or down, the head widens, the bowls fill out. A
-    # larger glyph_u is further out in the glyph, so that there the digit gets narrower. Below,
-    # `inner` is 0 at head and foot and 0.25 at the waist: `bowl` narrows the waist and widens head
-    # and foot, or, where it is negative, the reverse.
-    waist = _uniform(rng, -0.35, 0.35, n, 1, 1)
-    taper = _normal(rng, 0.10, n, 1, 1)
-    bowl = _normal(rng, 0.25, n, 1, 1)
+    # Few fonts, many shapes. Where glyph_u gets larger, it lies further out in the glyph: there the
+    # digit gets narrower.
+    waist = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves it up or down
+    taper = _normal(rng, 0.10, n, 1, 1)  # the head wider than the foot, or the reverse
+    bowl = _normal(rng, 0.25, n, 1, 1)  # the waist narrower, head and foot wider, or the reverse
     field = torch.full((n, _SIZE, _SIZE), -1.0)
     for place in range(5):
         glyph_u = (sign.u - places.center[:, place].view(n, 1, 1)) / stretch.view(n, 1, 1)
         glyph_v = sign.v - places.drop[:, place].view(n, 1, 1)
-        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)
+        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # 0 at head and foot, 0.25 at the waist
         glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
         grid = torch.stack([glyph_u, glyph_v + waist * inner], dim=-1) / _FIELD_REACH
         glyph = faces.fields[faces.chosen, digits[:, place]].unsqueeze(1)

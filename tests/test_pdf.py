@@ -218,8 +218,8 @@ def test_outputs_of_errors_without_words_and_of_code_stay_whole():
         new_output("execute_result", {"text/plain": "value 18"}, execution_count=None),
         shown({"text/html": "<pre>echo $HOME/$USER</pre>"}),
     ]
-    pdf = export(code("f()", *outputs))
-    for words in ["before", "Traceback 17", "value 18", "echo $HOME/$USER"]:
+    pdf = export(code("f()", *outputs), md("<pre>cd $HOME/$DATA</pre>"))
+    for words in ["before", "Traceback 17", "value 18", "echo $HOME/$USER", "cd $HOME/$DATA"]:
         assert words in pdf.text, words
     assert not pdf.notices
 

@@ -54,16 +54,35 @@ def test_a_run_shows_what_cells_print_and_keeps_what_came_before_an_error(projec
     assert never.execution_count is None
 
 
-def test_a_run_writes_beside_its_output_drops_older_figures_and_stops_where_utils_changed(project):
+def test_a_run_writes_beside_its_output_and_drops_the_figures_of_an_earlier_run_only(project):
     figures = project / "build" / "runs" / "figures"
     figures.mkdir(parents=True)
-    (figures / "old.svg").touch()
-    (project / "utils.py").touch()
+    (figures / "someones.svg").touch()
     (cell,) = run_cells(project, code("import os\nprint(os.getcwd(), os.environ['A3_RUNS'])"))
     assert cell.outputs[0].text == f"{project} {project / 'build' / 'runs'}\n"
+    assert (figures / "someones.svg").exists()
+    (figures / "results.json").touch()
+    run_cells(project, code("1"))
     assert not figures.exists()
+
+
+FIGURES = """
+import os, pathlib
+figures = pathlib.Path(os.environ["A3_RUNS"], "figures")
+figures.mkdir(parents=True)
+(figures / "results.json").touch()
+"""
+
+
+def test_a_run_stops_where_utils_is_not_the_notebooks_copy_or_changes_meanwhile(project):
+    (project / "utils.py").write_text("x = 0", encoding="utf-8")
+    with pytest.raises(SystemExit, match="make sync"):
+        run_cells(project, code(tool.helper_cell("x = 1"), "helper-module"))
+    helper = code(tool.helper_cell("x = 0"), "helper-module")
+    change = code(FIGURES + "pathlib.Path('utils.py').write_text('x = 1')")
     with pytest.raises(SystemExit, match=r"utils\.py changed during the run"):
-        run_cells(project, code("open('utils.py', 'w').write('x = 1')"))
+        run_cells(project, helper, change)
+    assert not (project / "build" / "runs" / "figures" / "results.json").exists()
 
 
 TABLE = "<table><tr><th>test</th><th>MNIST</th></tr><tr><td>b</td><td>99.6</td></tr></table>"

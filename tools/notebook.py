@@ -327,10 +327,11 @@ def run_notebook(output: Path) -> None:
 
     The notebook is saved as far as it came. Its checkpoints and figures go into A3_RUNS, else into
     runs/ beside `output`; what the kernel's own process complains about goes into kernel.log beside
-    `output`. Raises SystemExit that names the cell that failed, or says that utils.py changed
-    meanwhile; nbclient's DeadKernelError where the kernel itself ended.
+    `output`. Raises SystemExit that names the cell that failed, or says that utils.py is not the
+    notebook's copy or changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
     """
-    helpers = utils_content()
+    utils_before = utils_content()
+    require_same_copy()
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -343,7 +344,9 @@ def run_notebook(output: Path) -> None:
         extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
     )
     runs = runs_of(output)
-    shutil.rmtree(runs / "figures", ignore_errors=True)  # those of an earlier run
+    results = runs / "figures" / "results.json"
+    if results.exists():  # of an earlier run
+        shutil.rmtree(results.parent)
     environment = os.environ | {"A3_RUNS": str(runs)}
     try:
         with output.with_name("kernel.log").open("w", encoding="utf-8") as log:
@@ -356,9 +359,18 @@ def run_notebook(output: Path) -> None:
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
-    if helpers and utils_content() != helpers:  # without one, the helper cell has made it
+    # Where there was no utils.py, the helper cell wrote it.
+    if utils_before and utils_content() != utils_before:
+        results.unlink(missing_ok=True)  # so that no one publishes it
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
+
+
+def require_same_copy() -> None:
+    """Raise SystemExit where utils.py, which a run would use, is not the notebook's copy of it."""
+    content = utils_content().decode()
+    if content and only_tagged(read(NOTEBOOK), "helper-module").source != helper_cell(content):
+        raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
 
 
 def runs_of(executed: Path) -> Path:
