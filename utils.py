@@ -327,8 +327,8 @@ def wait_for_answer(url: str) -> None:
     """
     request = urllib.request.Request(url, method="HEAD")
     # The timeout of urlopen does not cover the wait for a name server. So it runs in a thread that
-    # is left alone after TIMEOUT. Its own timeout is twice as long, so that it is always `result`
-    # that gives up; Python's exit waits for the thread.
+    # is left alone after TIMEOUT. It still needs a timeout, as Python's exit waits for the thread:
+    # twice as long, so that it is always `result` that gives up.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -1092,8 +1092,8 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
 # parts reach: values by content, the project's functions by their byte code, its classes by their
-# members, and both by all that these use. Memory addresses, folders and devices do not count, as
-# they change from one machine to the next.
+# members, and both by all that these use. Memory addresses, the folder of the code and devices do
+# not count, as they change from one machine to the next.
 
 
 def fingerprint(*parts: object) -> str:
@@ -1101,8 +1101,8 @@ def fingerprint(*parts: object) -> str:
 
     The project's own functions and classes are followed into the global functions and classes that
     they name; what they import in their body is not. Those of Python and of installed packages
-    count by their names. Docstrings count, comments do not; another version of Python gives other
-    byte code.
+    count by their names. Docstrings of functions count, comments do not; another version of Python
+    gives other byte code.
     """
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
@@ -1250,7 +1250,7 @@ def is_ours(module: str | None) -> bool:
 
 
 def is_in_source(name: str, member: object) -> bool:
-    """Whether a member of a class comes from the class's text, not from Python or @dataclass."""
+    """Whether a fingerprint covers a member of a class: it is our code, or a value in our text."""
     if not name.startswith("__"):
         return name != "_abc_impl"  # which abc adds
     # Of the names with two underscores, only functions decide numbers.
@@ -2002,14 +2002,14 @@ class TypstPDFExporter(HTMLExporter):
 
     def fit_table(self, number: int, table: Tag) -> None:
         """Make the type of a table smaller where its longest words are wider than the page."""
-        columns = longest_words(table)
+        lengths = longest_word_lengths(table)
         # In em: half of one for a letter, and STYLE's inset of 0.45 on both sides of a column.
         # STYLE breaks words of 60 letters and more.
-        width = sum(0.5 * min(60, letters) + 0.9 for letters in columns)
+        width = sum(0.5 * min(60, length) + 0.9 for length in lengths)
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"  # pandoc hands it on to Typst
-            self.note(number, f"a table of {len(columns)} columns is set small, in {size:.1f} pt")
+            self.note(number, f"a table of {len(lengths)} columns is set small, in {size:.1f} pt")
 
     # HTML to PDF
 
@@ -2210,8 +2210,8 @@ def output_listing(listing: Tag) -> str:
     return f"<pre><code>{text}</code></pre>" if text.strip() else ""
 
 
-def longest_words(table: Tag) -> list[int]:
-    """Letters of the longest word in each column of a table."""
+def longest_word_lengths(table: Tag) -> list[int]:
+    """Number of letters of the longest word in each column of a table."""
     rows = []
     for row in table("tr"):
         cells = [cell.get_text().split() for cell in row(["td", "th"])]

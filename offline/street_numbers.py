@@ -236,8 +236,8 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes. Where glyph_u gets larger, it lies further out in the glyph: there the
-    # digit gets narrower.
+    # Few fonts, many shapes. glyph_u says where in the glyph a pixel looks: multiplied by more than
+    # 1, it looks further out, so that the digit is narrower there.
     waist = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves it up or down
     taper = _normal(rng, 0.10, n, 1, 1)  # the head wider than the foot, or the reverse
     bowl = _normal(rng, 0.25, n, 1, 1)  # the waist narrower, head and foot wider, or the reverse
@@ -346,7 +346,7 @@ def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
     grain = _smooth_noise(rng, n, 1, 4) * 0.12 + _smooth_noise(rng, n, 1, 11) * 0.06
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     across = angle.cos() * x + angle.sin() * y
-    phase = 2 * angle  # any one: the angle is random
+    phase = 2 * angle  # any phase will do
     wave = (across * _uniform(rng, 4, 22, n, 1, 1) + phase).sin() * 0.12
     wave = wave * _chance(rng, 0.2, n, 1, 1)
     return (grain[:, 0] + wave) * torch.rand(n, 1, 1, generator=rng) * contrast.view(n, 1, 1)
@@ -440,7 +440,8 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tens
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
     ratio = _SIZE / pixels
-    row = torch.minimum(i.view(1, -1, 1), (pixels - 1).ceil())  # of the small image
+    last_row = pixels.ceil() - 1  # of the small image
+    row = torch.minimum(i.view(1, -1, 1), last_row)
     middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the large image
     offset = i.view(1, 1, -1) - middle
     blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
@@ -506,11 +507,10 @@ def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor) -> Tensor:
-    """Blur, few source pixels, sensor noise, JPEG blocks, enlargement, sharpening.
+    """Blur, few source pixels, sensor noise, JPEG blocks, enlargement with sharpening.
 
     image: n x 3 x 32 x 32; scale: pixels in a digit height, n x 1 x 1; contrast: n. Every linear
-    step along one axis is a 32 x 32 matrix, one for each crop, so that the whole batch is a few
-    matrix products.
+    step along one axis is a 32 x 32 matrix, so that the whole batch is a few matrix products.
     """
     n = len(image)
     amount = contrast.view(n, 1, 1, 1)

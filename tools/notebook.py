@@ -94,6 +94,7 @@ def save(notebook: NotebookNode, path: Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
         cell.metadata = nbformat.from_dict(cell_metadata(cell))
+    notebook.nbformat_minor = 5  # the first with ids; Colab's files are older
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -345,7 +346,7 @@ def run_notebook(output: Path) -> None:
     )
     runs = runs_of(output)
     results = runs / "figures" / "results.json"
-    if results.exists():  # of an earlier run
+    if results.exists():  # else the folder may be someone's own
         shutil.rmtree(results.parent)
     environment = os.environ | {"A3_RUNS": str(runs)}
     try:
@@ -361,7 +362,7 @@ def run_notebook(output: Path) -> None:
         save(notebook, output)
     # Where there was no utils.py, the helper cell wrote it.
     if utils_before and utils_content() != utils_before:
-        results.unlink(missing_ok=True)  # so that no one publishes it
+        shutil.rmtree(results.parent, ignore_errors=True)  # so that no one publishes them
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
@@ -542,7 +543,8 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, b
     the error of a claim that needs more.
     """
     begin = (
-        f"import json, math\nimport numpy as np\nimport utils\nresults = {results!r}\nclaims = {{}}"
+        "import json, math\nimport numpy as np\nimport utils\n"
+        f"results = json.loads({json.dumps(results)!r})\nclaims = {{}}"
     )
     table = only_tagged(notebook, "claims-table")
     texts = [begin, *sources(tagged(notebook, "claims")), table.source]

@@ -217,10 +217,10 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     images = gray_bytes(train.images) if train.images.shape[1] == 3 else train.images
     large = resized(images, recipe.side)
     small = resized(images, recipe.side - 6) if recipe.grow else large
-    on_images = notebook.Recipe(side=recipe.side, warp=recipe.warp)
+    notebook_recipe = notebook.Recipe(side=recipe.side, warp=recipe.warp)
     # `preprocessing` standardizes each image; it resamples in eval mode only.
     model = nn.Sequential(
-        notebook.preprocessing(on_images), notebook.base_trunk(), notebook.task_head()
+        notebook.preprocessing(notebook_recipe), notebook.base_trunk(), notebook.task_head()
     ).to(memory_format=torch.channels_last)
     two_optimizers = optimizers(model, recipe)
     steps = max(1, round(epochs * len(train) / recipe.batch_size))
@@ -231,7 +231,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     order = notebook.random_order(len(train), steps * recipe.batch_size, generator)
     for step, index in enumerate(order.split(recipe.batch_size)):
         source = small if step < 0.3 * steps else large
-        batch = notebook.augment(utils.to_float(source[index]), generator, on_images)
+        batch = notebook.augment(utils.to_float(source[index]), generator, notebook_recipe)
         with utils.autocast(CPU):
             logits = model(batch).float()
         loss = F.cross_entropy(logits, train.labels[index], label_smoothing=recipe.smoothing)
