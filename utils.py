@@ -1250,7 +1250,7 @@ def is_ours(module: str | None) -> bool:
 
 
 def is_in_source(name: str, member: object) -> bool:
-    """Whether a fingerprint covers a member of a class: it is our code, or a value in our text."""
+    """Whether a fingerprint covers a member of a class: ours, and able to decide numbers."""
     if not name.startswith("__"):
         return name != "_abc_impl"  # which abc adds
     # Of the names with two underscores, only functions decide numbers.
