@@ -5,7 +5,8 @@
 
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
 PyTorch's default memory format, 20 epochs of Adam at 1e-3. It gives a time and an accuracy. Ours:
-the whole set as one tensor, small images, channels_last, and a short training with Muon. Both train
+the whole set as one tensor of bytes, small images, channels_last, pooling before the ReLU, and a
+short training with Muon. Both train
 the same network on the same images, from the arrays on, with the same number of threads in one
 process; the starter with one seed, ours with three, of which the median counts.
 
@@ -13,9 +14,6 @@ The results go into bench.json beside this file: a list of records, one for each
 and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
 that was measured stays until --full measures it again. The README's table has the records of the
 first one's machine.
-
-The first record's starter may have pooled before its ReLU, as the notebook's network once did. That
-gives the same numbers in less time, so its ratio is too low if anything.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first one in SHORT_EPOCHS after which the test
@@ -210,6 +208,15 @@ def resized(images: Tensor, side: int) -> Tensor:
     return torch.cat(chunks)
 
 
+def quick_trunk() -> nn.Sequential:
+    """The notebook's trunk with its pooling before its ReLU: the same numbers in less time.
+
+    The largest of four numbers, cut at zero, is the largest of the four cut ones.
+    """
+    conv, norm, relu, pool, *others = notebook.base_trunk()
+    return nn.Sequential(conv, norm, pool, relu, *others)
+
+
 def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed: int) -> nn.Module:
     """The model that a short recipe gives. SVHN is made gray here, so that it is timed."""
     torch.manual_seed(seed)
@@ -220,7 +227,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     notebook_recipe = notebook.Recipe(side=recipe.side, warp=recipe.warp)
     # `preprocessing` standardizes each image; it resamples in eval mode only.
     model = nn.Sequential(
-        notebook.preprocessing(notebook_recipe), notebook.base_trunk(), notebook.task_head()
+        notebook.preprocessing(notebook_recipe), quick_trunk(), notebook.task_head()
     ).to(memory_format=torch.channels_last)
     two_optimizers = optimizers(model, recipe)
     steps = max(1, round(epochs * len(train) / recipe.batch_size))
