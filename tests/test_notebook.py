@@ -252,8 +252,8 @@ def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value", "beginning"),
     [  # just outside of what the words allow
-        ("single_task/handwritten/test_acc", 99.4, "The selected models read 99.6 %"),
-        ("single_task/street/test_acc", 93.5, "The selected recipe makes less than two thirds"),
+        ("single_task/handwritten/test_acc", 99.5, "The selected models classify 99.6 %"),
+        ("single_task/street/test_acc", 93.5, "The selected model makes fewer than two thirds"),
     ],
 )
 def test_a_claim_fails_on_numbers_that_its_words_do_not_allow(

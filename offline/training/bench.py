@@ -6,9 +6,9 @@
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
 PyTorch's default memory format, 20 epochs of Adam at 1e-3. It gives a time and an accuracy. Ours:
 the whole set as one tensor of bytes, small images, channels_last, pooling before the ReLU, and a
-short training with Muon. Both train
-the same network on the same images, from the arrays on, with the same number of threads in one
-process; the starter with one seed, ours with three, of which the median counts.
+short training with Muon. Both train the same network on the same images, from the arrays on, with
+the same number of threads in one process; the starter with one seed, ours with three, of which the
+median counts.
 
 The results go into bench.json beside this file: a list of records, one for each machine, arithmetic
 and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
