@@ -68,6 +68,15 @@ def test_extragradient_and_optimistic_formulas(nb):
 # ---- the notebook's functions ----
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0])
+def test_the_closed_form_is_the_iterated_map(nb, alpha):
+    start = (0.3, -1.2)
+    iterated = nb.iterate(nb.update_matrix(alpha), start, 1000)
+    predicted = nb.closed_form(alpha, start, np.arange(1001))
+    error = np.linalg.norm(iterated - predicted, axis=1)
+    assert (error <= 1e-10 * np.linalg.norm(predicted, axis=1)).all()
+
+
 LEARNING_RATES = [1e-3, 0.3, 0.5, 1.0, 2.0, 4.0]
 
 
