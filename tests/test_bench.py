@@ -88,3 +88,12 @@ def test_the_quick_resampling_is_the_notebooks_to_one_level(bench):
     quick = bench.resized(split.images, 24)
     assert quick.dtype == torch.uint8 and quick.shape == exact.shape
     assert (quick.int() - exact.int()).abs().max() <= 1
+
+
+def test_the_quick_trunk_gives_the_numbers_of_the_notebooks(bench):
+    trunk = bench.notebook.base_trunk()
+    quick = bench.quick_trunk()
+    for layer, own in zip(trunk, (*quick[:2], quick[3], quick[2], *quick[4:]), strict=True):
+        own.load_state_dict(layer.state_dict())
+    images = torch.randn(8, 1, 24, 24, generator=seeded())
+    assert torch.equal(quick(images), trunk(images))

@@ -332,11 +332,11 @@ def run_notebook(output: Path) -> None:
     notebook's copy or changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
     """
     utils_before = utils_content()
-    require_same_copy()
+    notebook = clear_outputs(read(NOTEBOOK))
+    require_same_copy(notebook, utils_before)
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    notebook = clear_outputs(read(NOTEBOOK))
     client = StreamingClient(
         notebook,
         Console(sys.stdout),
@@ -362,15 +362,17 @@ def run_notebook(output: Path) -> None:
         save(notebook, output)
     # Where there was no utils.py, the helper cell wrote it.
     if utils_before and utils_content() != utils_before:
-        shutil.rmtree(results.parent, ignore_errors=True)  # so that no one publishes them
+        results.unlink(missing_ok=True)  # so that no one publishes it
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
     print(f"{output.name} executed in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
-def require_same_copy() -> None:
-    """Raise SystemExit where utils.py, which a run would use, is not the notebook's copy of it."""
-    content = utils_content().decode()
-    if content and only_tagged(read(NOTEBOOK), "helper-module").source != helper_cell(content):
+def require_same_copy(notebook: NotebookNode, content: bytes) -> None:
+    """Raise SystemExit where utils.py has another content than the notebook's copy of it.
+
+    b"" is no utils.py: the notebook then writes it.
+    """
+    if content and only_tagged(notebook, "helper-module").source != helper_cell(content.decode()):
         raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
 
 
