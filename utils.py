@@ -392,7 +392,8 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     """
     if file_sha256(path).startswith(sha256_prefix):
         return path
-    failures = [f"{path}: a file with another sha256"] if path.exists() else []
+    # os.path.exists says no where Path.exists raises: in a folder that may not be searched.
+    failures = [f"{path}: a file with another sha256"] if os.path.exists(path) else []
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
     wanted = f"{path} (sha256 {sha256_prefix}...)"
     hint = f"run again with an internet connection, or save the file as {wanted}"
@@ -535,11 +536,26 @@ def real_svhn(part: str) -> Split:
 
     Raises DataError: what was tried, or what is wrong with the file that came.
     """
+    failures: list[str] = []
+    split = svhn_from_files(part, failures)
+    if split is not None:
+        return split
+    path = download_svhn(part, failures)
+    try:
+        return read_svhn(part, [path])
+    except Exception as error:
+        raise DataError(describe_failure(path, error)) from error
+
+
+def svhn_from_files(part: str, failures: list[str]) -> Split | None:
+    """SVHN from files in A3_DATA_ROOT; else None, and the reasons are added to `failures`."""
     root = data_root()
-    mat = f"{part}_32x32.mat"
-    failures = []
-    # The last pattern finds what the mirror's download, below, has left in an earlier run.
-    for pattern in (mat, f"svhn/{part}-*.parquet", f"svhn/cropped_digits/{part}-*.parquet"):
+    patterns = [
+        f"{part}_32x32.mat",
+        f"svhn/{part}-*.parquet",
+        f"svhn/cropped_digits/{part}-*.parquet",  # what the mirror's download has left earlier
+    ]
+    for pattern in patterns:
         files = sorted(root.glob(pattern))
         if not files:
             failures.append(f"{root / pattern}: no such file")
@@ -548,7 +564,16 @@ def real_svhn(part: str) -> Split:
             return read_svhn(part, files)
         except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
+    return None
 
+
+def download_svhn(part: str, failures: list[str]) -> Path:
+    """The file of SVHN that could be downloaded: the official one, else the mirror's.
+
+    Raises DataError that lists `failures` and its own.
+    """
+    root = data_root()
+    mat = f"{part}_32x32.mat"
     url = f"{SVHN_URL}/{mat}"
     sources = [(url, partial(download, url, root / mat, SHA256[mat]))]
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
@@ -559,11 +584,7 @@ def real_svhn(part: str) -> Split:
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
     files_needed = "train_32x32.mat and test_32x32.mat"
     hint = f"run again with an internet connection, or put {files_needed} into {root}"
-    path = fetch_first(f"SVHN ({part})", sources, hint, failures)
-    try:
-        return read_svhn(part, [path])
-    except Exception as error:
-        raise DataError(describe_failure(path, error)) from error
+    return fetch_first(f"SVHN ({part})", sources, hint, failures)
 
 
 # Stand-ins, and which data a run takes

@@ -74,11 +74,10 @@ def test_class_accuracy_is_the_share_of_its_own_ten_classes(nb, gan):
     assert nb.class_accuracy(gan, AlwaysThirteen(), first=10, count=20) == pytest.approx(10)
 
 
-def test_a_walk_between_two_classes_begins_and_ends_as_the_classifier_sees_them(nb, gan):
+def test_the_evaluation_classifier_recognizes_the_digits_that_were_asked_for(nb, gan):
     evaluator = digit_biggan.load_evaluation_classifier(CPU)
-    seen = nb.classes_along(gan, evaluator, ("MNIST 4", "MNIST 9"), 5)
-    assert seen.shape == (5, 10)
-    assert (seen[:, [0, -1]] == torch.tensor([14, 19])).all()
+    for first in (0, 10):
+        assert nb.class_accuracy(gan, evaluator, first, count=40) > 90
 
 
 def test_the_generator_gets_the_truncation(nb):

@@ -47,22 +47,11 @@ def test_simultaneous_formulas(nb):
 
 
 def test_alternating_formulas(nb):
-    matrix = exact(nb.METHODS["alternating"](a))
+    matrix = exact(nb.alternating_matrix(a))
     ellipse = sp.Matrix([[1, a / 2], [a / 2, 1]])  # d^2 + g^2 + alpha d g
     assert same(matrix.T * ellipse * matrix, ellipse)
+    assert (sp.expand(matrix.det()), sp.expand(matrix.trace())) == (1, 2 - a**2)
     assert sp.solveset(ellipse.det() > 0, a, sp.Interval.open(0, sp.oo)) == sp.Interval.open(0, 2)
-    nilpotent = (matrix + I2).subs(a, 2)  # a Jordan block of the eigenvalue -1
-    assert nilpotent.rank() == 1
-    assert nilpotent**2 == sp.zeros(2)
-
-
-def test_extragradient_and_optimistic_formulas(nb):
-    matrix, squared = exact(nb.METHODS["extragradient"](a)), 1 - a**2 + a**4
-    assert same(matrix.T * matrix, squared * I2)
-    assert sp.solveset(squared < 1, a, sp.Interval.open(0, sp.oo)) == sp.Interval.open(0, 1)
-    assert sp.solve(squared.diff(a), a) == [sp.sqrt(2) / 2]
-    # The modulus sqrt(1 + (2 alpha + sqrt(4 alpha^2 - 1))^2) / 2 is 1 at this learning rate only.
-    assert sp.solve(2 * a + sp.sqrt(4 * a**2 - 1) - sp.sqrt(3), a) == [sp.sqrt(3) / 3]
 
 
 # ---- the notebook's functions ----
@@ -89,53 +78,19 @@ def test_a_step_is_the_matrix_and_alone_d_raises_the_value_and_g_lowers_it(nb, a
 
 
 @pytest.mark.parametrize("alpha", LEARNING_RATES)
-def test_matrices_are_their_algorithms(nb, alpha):
-    now, before = np.array([2.0, 3.5]), np.array([-0.7, 1.1])
-
-    def slopes(z):
-        return alpha * np.array([z[1], -z[0]])
-
-    new_d = now[0] + alpha * now[1]
-    steps = {
-        "alternating": np.array([new_d, now[1] - alpha * new_d]),
-        "extragradient": now + slopes(now + slopes(now)),
-        "optimistic": now + 2 * slopes(now) - slopes(before),
-    }
-    for method, expected in steps.items():
-        state = [*now, *before] if method == "optimistic" else now
-        found = (nb.METHODS[method](alpha) @ state)[:2]
-        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=method)
+def test_in_turn_g_answers_the_new_d(nb, alpha):
+    d, g = 2.0, 3.5
+    new_d = d + alpha * g
+    expected = [new_d, g - alpha * new_d]
+    np.testing.assert_allclose(nb.alternating_matrix(alpha) @ (d, g), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", LEARNING_RATES)
-def test_largest_modulus_is_the_one_in_the_table(nb, alpha):
-    root = math.sqrt(abs(1 - 4 * alpha**2))
+def test_the_eigenvalues_of_players_who_move_in_turn_leave_the_unit_circle_beyond_two(nb, alpha):
+    modulus = np.abs(np.linalg.eigvals(nb.alternating_matrix(alpha))).max()
     beyond = (alpha + math.sqrt(max(alpha**2 - 4, 0))) ** 2 / 4
-    slow, fast = math.sqrt((1 + root) / 2), math.hypot(1, 2 * alpha + root) / 2
-    table = {
-        "simultaneous": math.hypot(1, alpha),
-        "alternating": 1 if alpha <= 2 else beyond,
-        "extragradient": math.sqrt(1 - alpha**2 + alpha**4),
-        "optimistic": slow if alpha <= 0.5 else fast,
-    }
-    for method, modulus in table.items():
-        found = nb.largest_modulus(nb.METHODS[method](alpha))
-        # Next to a double eigenvalue (a Jordan block) eigvals keeps half of the digits only.
-        np.testing.assert_allclose(found, modulus, rtol=1e-6, err_msg=method)
-
-
-def test_behavior_at_the_limits(nb):
-    for count in (100, 10_000):  # the running mean tends to 0 like 1 / count
-        mean = nb.play("alternating", 0.5, (1.0, 0.5), count - 1).mean(axis=0)
-        assert np.linalg.norm(mean) < 10 / count
-    for method in ("extragradient", "optimistic"):
-        home = nb.play(method, 0.45, (1.0, 0.5), 1000)
-        assert np.linalg.norm(home[-1]) < 1e-9
-
-
-def test_the_optimistic_method_begins_as_if_it_had_stood_still(nb):
-    _, first = nb.play("optimistic", 0.3, (1.0, 0.5), 1)
-    np.testing.assert_allclose(first, nb.update_matrix(0.3) @ (1.0, 0.5))
+    # Next to a double eigenvalue (a Jordan block) eigvals keeps half of the digits only.
+    np.testing.assert_allclose(modulus, 1 if alpha <= 2 else beyond, rtol=1e-6)
 
 
 def text_of_notebook():
