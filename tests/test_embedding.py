@@ -82,7 +82,7 @@ def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_har
 @pytest.mark.parametrize("name", ["suggested", "semi-hard"])
 def test_no_step_of_the_embedding_waits_for_a_gpu(nb, name):
     """On the device 'meta' there are shapes but no values: reading one is an error there."""
-    model = nb.JointEmbedding(nb.StreetClassifier()).to("meta")
+    model = nb.JointEmbedding(nb.StreetClassifier(), nb.Recipe(side=24)).to("meta")
     labels = torch.zeros(8, device="meta").long()
     batch = torch.empty(8, 1, 24, 24, device="meta"), labels, torch.empty(8, 256).to("meta"), labels
     loss, _ = nb.embedding_loss(model, batch, nb.VARIANTS[name])
@@ -121,7 +121,7 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
 def test_stored_features_give_the_embedding_of_the_pixels(nb):
     torch.manual_seed(0)
     network, split = nb.StreetClassifier(), patterns(12, 0, 3, 32)
-    model = nb.JointEmbedding(network)
+    model = nb.JointEmbedding(network, nb.BASELINE)
     features = nb.street_features(network, split)
     assert (features.shape, features.dtype) == ((12, 256), torch.float32)
     z = nb.embed_street(model, features)
@@ -147,7 +147,7 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
     digits = utils.Split(marks.to(torch.uint8).view(-1, 1, 1, 1), marks % 10)
     street = nb.Digits(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
     plan = utils.Plan("x", epochs=2, steps=3, seed=1)
-    loader = nb.TripletLoader(digits, street, plan)
+    loader = nb.TripletLoader(digits, street, nb.BASELINE, plan)
     batches = [*loader.epoch(0), *loader.epoch(1)]
     assert len(batches) == 6
     orders = []
@@ -160,11 +160,11 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
         orders += [x_marks, y_marks]
     for number, order in enumerate(orders):
         assert all((order == other).sum() < 15 for other in orders[:number])
-    few = next(nb.TripletLoader(digits, data.street, plan).epoch(0))
+    few = next(nb.TripletLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
     assert len(few[3]) == 90
 
 
-@pytest.mark.parametrize("name", ["suggested", "wide margin"])
+@pytest.mark.parametrize("name", ["suggested", "small images"])
 def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, monkeypatch, name):
     handed = []
     monkeypatch.setattr(utils, "fit", lambda *arguments: handed.extend(arguments))
@@ -173,7 +173,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"variant": variant}
-    expected = nb.TripletLoader(data.digits, data.street, plan).epoch(0)
+    expected = nb.TripletLoader(data.digits, data.street, variant.recipe, plan).epoch(0)
     assert torch.equal(next(batches(0))[0], next(expected)[0])
     held_out = nb.Digits(utils.predict(model, data.held_out), data.held_out.labels)
     gallery = nb.Digits(nb.embed_street(model, data.street.z), data.street.labels)
@@ -188,7 +188,7 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
     network = nb.StreetClassifier()
     plan = utils.Plan("x", epochs=2, steps=9, seed=1)
     utils.seed_torch(plan.seed)
-    before = copy.deepcopy(nb.JointEmbedding(network).state_dict())
+    before = copy.deepcopy(nb.JointEmbedding(network, nb.BASELINE).state_dict())
     model, history = nb.train_embedding(nb.VARIANTS["semi-hard"], network, data, plan)
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert history[-1]["val_top1"] > 90
@@ -198,7 +198,7 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
 
 
 def test_g_has_no_dropout_and_no_gradients_in_training(nb):
-    model = nb.JointEmbedding(nb.StreetClassifier()).train()
+    model = nb.JointEmbedding(nb.StreetClassifier(), nb.BASELINE).train()
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
     assert not any(parameter.requires_grad for parameter in model.g.parameters())
