@@ -249,12 +249,12 @@ def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     z = torch.randn(2_500, 4, generator=seeded(0))
     queries = torch.randn(40, 4, generator=seeded(1))
     pool = noise_split(2_500, 32, 3)
-    asked = nb.Digits(queries, DIGITS.test.labels)
-    points = {"svhn pool": nb.Digits(z, pool.labels), "mnist test": asked}
+    asked = nb.Embedded(queries, DIGITS.test.labels)
+    points = {"svhn pool": nb.Embedded(z, pool.labels), "mnist test": asked}
     given = {"points": points, "street_pool": pool, "mnist": DIGITS}
     names = run_cell(nb, "gallery_z, gallery_images =", **given)
     _, gallery = nb.draw_indices(0, len(DIGITS.test), 2_500)
-    hits = nb.top1_hits(asked, nb.Digits(z[gallery], pool.labels[gallery]))
+    hits = nb.top1_hits(asked, nb.Embedded(z[gallery], pool.labels[gallery]))
     assert names["wrong_queries"].tolist() == (~hits).nonzero().flatten().tolist()
 
 

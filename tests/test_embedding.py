@@ -19,7 +19,7 @@ def embedded(nb, count, seed, dimensions=8):
     """Random embeddings with random labels."""
     generator = seeded(seed)
     z = torch.randn(count, dimensions, generator=generator)
-    return nb.Digits(z, torch.randint(0, 10, (count,), generator=generator))
+    return nb.Embedded(z, torch.randint(0, 10, (count,), generator=generator))
 
 
 def test_random_triplets_reach_every_positive_and_every_negative_equally_and_independently(nb):
@@ -70,10 +70,10 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
 
 @pytest.mark.parametrize("semi_hard", [False, True])
 def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_hard):
-    same = nb.Digits(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
+    same = nb.Embedded(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
     nb.cross_domain_loss(same, same, semi_hard, 0.2)[0].backward()
     assert torch.isfinite(same.z.grad).all()
-    alone = nb.Digits(torch.randn(2, 2, requires_grad=True), torch.zeros(2).long())  # no negative
+    alone = nb.Embedded(torch.randn(2, 2, requires_grad=True), torch.zeros(2).long())  # no negative
     loss, active = nb.cross_domain_loss(alone, alone, semi_hard, 0.2)
     loss.backward()
     assert (loss, active, alone.z.grad.abs().sum()) == (0, 0, 0)
@@ -113,8 +113,8 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
     scores = nb.top1_of_draws(x, y, draws=3)
     for seed in range(3):
         few, gallery = nb.draw_indices(seed, 150, 2_500)
-        gallery = nb.Digits(y.z[gallery], y.labels[gallery])
-        assert scores["100"][seed] == nb.top1(nb.Digits(x.z[few], x.labels[few]), gallery)
+        gallery = nb.Embedded(y.z[gallery], y.labels[gallery])
+        assert scores["100"][seed] == nb.top1(nb.Embedded(x.z[few], x.labels[few]), gallery)
         assert scores["all"][seed] == nb.top1(x, gallery)
 
 
@@ -137,7 +137,7 @@ def test_stored_features_give_the_embedding_of_the_pixels(nb):
 def data(nb):
     """What an embedding is trained on; the features tell the digit."""
     labels = torch.arange(90) % 10
-    street = nb.Digits(F.one_hot(labels, 256).float() * 3, labels)
+    street = nb.Embedded(F.one_hot(labels, 256).float() * 3, labels)
     digits = patterns(440, 1, size=28)
     return nb.EmbeddingData(digits.first(300), digits.take(range(300, 440)), street)
 
@@ -145,7 +145,7 @@ def data(nb):
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):
     marks = torch.arange(256)  # an image or feature is its own number
     digits = utils.Split(marks.to(torch.uint8).view(-1, 1, 1, 1), marks % 10)
-    street = nb.Digits(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
+    street = nb.Embedded(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
     plan = utils.Plan("x", epochs=2, steps=3, seed=1)
     loader = nb.TripletLoader(digits, street, nb.BASELINE, plan)
     batches = [*loader.epoch(0), *loader.epoch(1)]
@@ -173,10 +173,10 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"variant": variant}
-    expected = nb.TripletLoader(data.digits, data.street, variant.recipe, plan).epoch(0)
+    expected = nb.TripletLoader(data.handwritten, data.street, variant.recipe, plan).epoch(0)
     assert torch.equal(next(batches(0))[0], next(expected)[0])
-    held_out = nb.Digits(utils.predict(model, data.held_out), data.held_out.labels)
-    gallery = nb.Digits(nb.embed_street(model, data.street.z), data.street.labels)
+    held_out = nb.Embedded(utils.predict(model, data.held_out), data.held_out.labels)
+    gallery = nb.Embedded(nb.embed_street(model, data.street.z), data.street.labels)
     top1 = nb.top1(held_out, gallery)
     assert done.evaluate(model) == {"val_top1": top1}
     # Each of the 20 draws takes all of so small a gallery.
