@@ -326,9 +326,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # The timeout of urlopen does not cover the wait for a name server. So it runs in a thread that
-    # is left alone after TIMEOUT. It still needs a timeout, as Python's exit waits for the thread:
-    # twice as long, so that it is always `result` that gives up.
+    # urlopen's timeout does not cover the wait for a name server. So urlopen runs in a thread, and
+    # after TIMEOUT nobody waits for that thread any more. But Python does at its exit: urlopen gets
+    # a timeout too, twice as long, so that `result` is the first to give up.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -510,9 +510,9 @@ def decode_parquet(files: Sequence[Path]) -> Split:
 def read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file or the mirror's parquet files.
 
-    Raises DataError for a .mat with another checksum, for more images than SVHN has, and for a
-    training set that lacks a digit or is whole with other counts. A part may be cut short: the
-    committed run's test file holds the first 6,000 images.
+    A part may be cut short: the committed run's test file holds the first 6,000 images. Raises
+    DataError for a .mat with another checksum, for more images than SVHN has, for a training set
+    without some digit, and for one of full length whose counts of digits are not SVHN's.
     """
     digests = [file_sha256(file) for file in files]  # the cache's key, too
     if files[0].suffix == ".parquet":
@@ -626,12 +626,12 @@ def real_or_stand_in(
 ) -> DigitData:
     """The data that A3_DATA asks for; with 'auto' the real data, else its stand-in with a notice.
 
-    In a tiny run, 'auto' means the stand-in. Raises DataError where what is asked for cannot be
-    had.
+    In a tiny run, 'auto' means the stand-in where there is one: the lone notebook has none. Raises
+    DataError where what is asked for cannot be had.
     """
     choice = setting("A3_DATA")
     is_tiny = setting("A3_PROFILE") == "tiny"
-    if choice == "embedded" or (choice == "auto" and is_tiny):
+    if choice == "embedded" or (choice == "auto" and is_tiny and OFFLINE.is_dir()):
         return stand_in()
     try:
         return DigitData(name, read("train"), read("test"), real=True)
@@ -731,7 +731,7 @@ def short_reason(error: Exception) -> str:
     return lines[0]
 
 
-def fill_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
+def load_trained_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
     """Fill `model`, the notebook's StreetClassifier, with trained weights, on `device`, eval mode.
 
     This project's weights; for real SVHN the starter's published ones first. Each is tried on 1,000
@@ -835,7 +835,7 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The best generator that can be had, and why better ones cannot ("" where none is better).
+    """The best generator that can be had, and why those tried before it cannot ("" if none was).
 
     'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
     offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
@@ -1025,7 +1025,7 @@ class Checkpointer:
             notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
             return self.restore(beginning)
 
-    def save(self, history: History, last: bool) -> None:
+    def save_if_due(self, history: History, last: bool) -> None:
         """Write the state after an epoch: after the `last`, else at most every ten seconds."""
         if not last and time.monotonic() - self.last_save_or_start < SECONDS_BETWEEN_SAVES:
             return
@@ -1078,7 +1078,7 @@ def fit(
         metrics = {name: float(value) for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         history.append({"epoch": epoch + 1, "seconds": seconds, **metrics})
-        checkpointer.save(history, last=epoch + 1 == plan.epochs)
+        checkpointer.save_if_due(history, last=epoch + 1 == plan.epochs)
         count_epochs(1)
     model.eval()
     return history
@@ -1128,20 +1128,17 @@ def fingerprint(*parts: object) -> str:
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
 
-    def digest_of_items(part: object, items: list) -> bytes:
-        inner = [digest(item) for item in items]
-        if isinstance(part, set | frozenset):
-            inner.sort()
-        return b"".join(inner)
-
     def digest(part: object) -> bytes:
         if id(part) in digests:
             return digests[id(part)]
         alive.append(part)
         digests[id(part)] = b"a cycle"  # what a part that contains itself finds in its place
         content = content_of(part)
-        if isinstance(content, list):
-            content = digest_of_items(part, content)
+        if isinstance(content, list):  # of further parts
+            inner = [digest(item) for item in content]
+            if isinstance(part, set | frozenset):  # has no order
+                inner.sort()
+            content = b"".join(inner)
         kind = type(part).__qualname__.encode()
         digests[id(part)] = hashlib.sha256(kind + b":" + content).digest()
         return digests[id(part)]
@@ -1181,8 +1178,7 @@ def content_of_collection(part: list | tuple | set | frozenset) -> list:
 
 @content_of.register
 def content_of_dict(part: dict) -> list:
-    # The repr of a key holds no address: keys are text, numbers, or tuples of them.
-    return sorted(part.items(), key=lambda item: repr(item[0]))
+    return list(part.items())  # in its order, which may decide, say, which loss comes first
 
 
 @content_of.register
@@ -1229,20 +1225,18 @@ def content_of_method(part: MethodType) -> list:
 
 @content_of.register
 def content_of_function(part: FunctionType) -> list:
-    # Not part.__module__: a decorator copies that from the function which it wraps.
-    module = part.__globals__.get("__name__")
-    if not is_ours(module):
+    if not is_ours(module_of(part)):
         # A library's function counts by its name. It may wrap one of ours, as torch.no_grad() does.
-        return [module, part.__qualname__, getattr(part, "__wrapped__", None)]
+        return [module_of(part), part.__qualname__, getattr(part, "__wrapped__", None)]
     defaults = [part.__defaults__, part.__kwdefaults__]
-    return [part.__code__, defaults, used_globals(part), enclosed(part), vars(part)]
+    return [part.__code__, defaults, used_globals(part), closure_values(part), vars(part)]
 
 
 @content_of.register
 def content_of_class(part: type) -> list:
-    if not is_ours(part.__module__):
-        return [part.__module__, part.__qualname__]
-    members = {name: value for name, value in vars(part).items() if is_in_source(name, value)}
+    if not is_ours(module_of(part)):
+        return [module_of(part), part.__qualname__]
+    members = {name: value for name, value in vars(part).items() if counts_as_member(name, value)}
     # No member shows the functions that make a dataclass's default values.
     factories = [item.default_factory for item in fields(part)] if is_dataclass(part) else []
     return [part.__qualname__, part.__bases__, members, factories]
@@ -1253,6 +1247,14 @@ def content_of_code(part: CodeType) -> list:
     names = [part.co_names, part.co_varnames]
     # Functions within it are among its constants.
     return [part.co_code, part.co_exceptiontable, part.co_consts, names]
+
+
+def module_of(part: FunctionType | type) -> str | None:
+    """The name of the module that defines a function or a class."""
+    if isinstance(part, FunctionType):
+        # Not __module__: a decorator copies that from the function which it wraps.
+        return part.__globals__.get("__name__")
+    return part.__module__
 
 
 def is_ours(module: str | None) -> bool:
@@ -1270,17 +1272,18 @@ def is_ours(module: str | None) -> bool:
     return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
-def is_in_source(name: str, member: object) -> bool:
-    """Whether a fingerprint covers a member of a class: ours, and able to decide numbers."""
+def counts_as_member(name: str, member: object) -> bool:
+    """Whether a fingerprint covers a member of one of our classes.
+
+    Ordinary ones always; of those with two underscores, the functions that stand in our source.
+    """
     if not name.startswith("__"):
         return name != "_abc_impl"  # which abc adds
-    # Of the names with two underscores, only functions decide numbers.
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
-    module = function.__globals__.get("__name__")
     # __repr__ of a NamedTuple is Python's; __init__ of a dataclass is made from "<string>".
-    return is_ours(module) and function.__code__.co_filename != "<string>"
+    return is_ours(module_of(function)) and function.__code__.co_filename != "<string>"
 
 
 def code_within(code: CodeType) -> list[CodeType]:
@@ -1304,17 +1307,18 @@ def used_globals(function: FunctionType) -> dict[str, object]:
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 global_names.add(instruction.argval)
     values = {}
-    for name in global_names & function.__globals__.keys():
+    for name in sorted(global_names & function.__globals__.keys()):
         value = function.__globals__[name]
         if isinstance(value, ModuleType) and is_ours(value.__name__):
-            for attribute in all_names & vars(value).keys():
+            # Which names are attributes of this module, the code does not tell: all that may be.
+            for attribute in sorted(all_names & vars(value).keys()):
                 values[f"{name}.{attribute}"] = getattr(value, attribute)
         elif not name.startswith("__"):
             values[name] = value
     return values
 
 
-def enclosed(function: FunctionType) -> dict[str, object]:
+def closure_values(function: FunctionType) -> dict[str, object]:
     """The values that `function` takes from the function around it."""
     values = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -1328,8 +1332,8 @@ def enclosed(function: FunctionType) -> dict[str, object]:
 Result = TypeVar("Result")
 
 MEMORY_OF_A_TRAINING = 1.5e9  # bytes of one process that trains, with the libraries
-# glibc returns freed memory at once, and taking it again costs time: a training took 12.2 s, with
-# these settings, which keep it, 8.9 s.
+# By default glibc gives freed memory back at once, and has to take it again. With these settings it
+# keeps the memory: a training that took 12.2 s takes 8.9 s.
 WORKER_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -1341,7 +1345,7 @@ RUN_PER_FIRST_STAGE = {"full": 37, "short": 25}
 
 
 @cache
-def jobs_in_memory() -> int:
+def jobs_that_fit_in_memory() -> int:
     """How many trainings fit into the memory that is free at the first call.
 
     Later, idle workers hold some of it, which the next trainings take over.
@@ -1360,7 +1364,9 @@ def n_jobs() -> int:
         return chosen
     if default_device().type == "cuda":
         return 1
-    return max(1, min(joblib.cpu_count(), jobs_in_memory()))  # cores that this process may use
+    return max(
+        1, min(joblib.cpu_count(), jobs_that_fit_in_memory())
+    )  # cores that this process may use
 
 
 _epochs_file: Path | None = None  # of the task at work: has one byte for each finished epoch

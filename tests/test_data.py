@@ -205,6 +205,14 @@ def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_downloads(small_sv
         assert not torch.equal(data.test.images[0], data.train.images[0])
 
 
+def test_a_tiny_run_of_the_lone_notebook_takes_real_data(small_svhn, monkeypatch, tmp_path):
+    monkeypatch.setenv("A3_PROFILE", "tiny")
+    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "not there")
+    as_parquet(utils.data_root() / "svhn" / "train-0.parquet", small_svhn[0])
+    as_parquet(utils.data_root() / "svhn" / "test-0.parquet", small_svhn[1])
+    assert utils.load_svhn().real
+
+
 def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch):
     monkeypatch.setenv("A3_PROFILE", "tiny")
     monkeypatch.setattr(utils, "TINY_SIZES", {"train": 7, "test": 3})

@@ -131,9 +131,9 @@ def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
 
 def test_no_more_trainings_than_memory_holds_run_at_a_time(monkeypatch):
     monkeypatch.setattr(utils.joblib, "cpu_count", lambda: 8)
-    monkeypatch.setattr(utils, "jobs_in_memory", lambda: 3)
+    monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda: 3)
     assert utils.n_jobs() == 3
-    monkeypatch.setattr(utils, "jobs_in_memory", lambda: 0)
+    monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda: 0)
     assert utils.n_jobs() == 1
 
 

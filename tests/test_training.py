@@ -159,6 +159,6 @@ def test_the_scaler_is_restored(tmp_path):
         training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainings.append(utils.Checkpointer(tmp_path / "a.pt", training))
     stored, fresh = trainings
-    stored.save([{"epoch": 1}], last=True)
+    stored.save_if_due([{"epoch": 1}], last=True)
     assert fresh.load() == [{"epoch": 1}]
     assert fresh.training.scaler.get_scale() == 8.0

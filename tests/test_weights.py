@@ -59,14 +59,14 @@ def test_class_k_of_the_published_g_is_the_digit_k_plus_1_else_it_is_left_out(
     torch.save(state, tmp_path / "svhn.pth")
     monkeypatch.setattr(utils, "download_once", lambda *_: tmp_path / "svhn.pth")
     model = nb.StreetClassifier()
-    assert utils.fill_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
+    assert utils.load_trained_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
     assert utils.percent_right(model, svhn.train, CPU) > 90
     assert not model.training
 
 
 def test_a_g_that_cannot_be_downloaded_is_told_in_one_line(nb, svhn, monkeypatch, capsys):
     monkeypatch.setattr(utils, "PUBLISHED_G_URLS", [NOWHERE])
-    assert "this project's" in utils.fill_g(nb.StreetClassifier(), svhn, CPU)
+    assert "this project's" in utils.load_trained_g(nb.StreetClassifier(), svhn, CPU)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith("svhn-f564f3d8.pth could not be downloaded.")
 
@@ -74,10 +74,10 @@ def test_a_g_that_cannot_be_downloaded_is_told_in_one_line(nb, svhn, monkeypatch
 def test_a_stand_in_gets_our_g_alone_and_none_where_it_reads_other_labels(nb, svhn, monkeypatch):
     monkeypatch.setattr(utils, "load_published_g", lambda _: pytest.fail("downloaded"))
     stand_in = replace(svhn, real=False)
-    assert utils.fill_g(nb.StreetClassifier(), stand_in, CPU) == OURS
+    assert utils.load_trained_g(nb.StreetClassifier(), stand_in, CPU) == OURS
     reversed_labels = utils.Split(svhn.train.images, 9 - svhn.train.labels)
     stand_in = replace(stand_in, train=reversed_labels)
-    assert utils.fill_g(nb.StreetClassifier(), stand_in, CPU) is None
+    assert utils.load_trained_g(nb.StreetClassifier(), stand_in, CPU) is None
 
 
 def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch):
