@@ -1766,8 +1766,8 @@ class Formula:
 class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
-    Tags of cells: LEFT_OUT_TAGS, OUTPUTS_ONLY_TAGS, appendix (outputs in place, code in the
-    appendix), to-appendix (both there), submission (the name cell). Metadata of outputs: caption;
+    Tags of cells: LEFT_OUT_TAGS, OUTPUTS_ONLY_TAGS, code-in-appendix (outputs in place),
+    cell-in-appendix (code and outputs), submission (the name cell). Metadata of outputs: caption;
     is_caption (left out, as the caption stands at the figure); claims, a dict of sentences and
     whether they hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
@@ -1792,8 +1792,8 @@ class TypstPDFExporter(HTMLExporter):
         """Convert an open file of any notebook format, with or without a byte order mark."""
         nb = nbformat.reads(file_stream.read().lstrip("\ufeff"), as_version=4)
         content, resources = self.from_notebook_node(nb, resources, **kwargs)
-        for notice in self.notices:
-            self.log.warning(notice)
+        for text in self.notices:
+            self.log.warning(text)
         return content, resources
 
     def from_notebook_node(self, nb, resources=None, **kwargs) -> tuple[bytes, dict]:
@@ -1829,11 +1829,11 @@ class TypstPDFExporter(HTMLExporter):
             if cell.cell_type == "code":
                 self.keep_printable_outputs(number, cell)
             part, listing = self.read_cell(number, cell)
-            if "appendix" in cell.metadata.tags:
+            if "code-in-appendix" in cell.metadata.tags:
                 appendix.append(Part(number, listing))
             else:
                 part.soup.insert(0, listing)
-            home = appendix if "to-appendix" in cell.metadata.tags else body
+            home = appendix if "cell-in-appendix" in cell.metadata.tags else body
             home.append(part)
         self.mend_links([part.soup for part in body + appendix])
         head = self.make_head(body)  # takes the title out of the body
@@ -1842,7 +1842,7 @@ class TypstPDFExporter(HTMLExporter):
     def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
         part = Part(number, BeautifulSoup(self.cell_html(number, cell), "html.parser"))
-        self.tidy(part)
+        self.make_printable(part)
         # Last, as `output_listing` looks for the wrapper of an output.
         for wrapper in part.soup.select(WRAPPERS):
             wrapper.unwrap()
@@ -1994,7 +1994,7 @@ class TypstPDFExporter(HTMLExporter):
                 else:
                     link.attrs = {"href": address}
 
-    def tidy(self, part: Part) -> None:
+    def make_printable(self, part: Part) -> None:
         """Change a cell's HTML to what can be printed, and note what cannot."""
         for tag in part.soup(NOT_ON_PAPER):
             self.replace_by_words(part.cell_number, tag, f"{tag.name} {tag.get('src', '')}")
@@ -2041,17 +2041,19 @@ class TypstPDFExporter(HTMLExporter):
     # HTML to PDF
 
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
-        """The PDF of all parts. What cannot be set is shown as source and noted."""
+        """The PDF of all parts. What cannot be set is shown as source and noted.
+
+        First as PDF/A. If a part is not valid Typst, as PDF/A again with that part repaired. If
+        that fails too, for a letter without a glyph, which PDF/A forbids, as a plain PDF.
+        """
         self.convert_formulas()
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        # Typst first checks the text, then PDF/A: an error without "PDF/A" means that some part is
-        # not valid Typst.
+        # Typst checks the text before PDF/A: a problem that does not name PDF/A is in the text.
         if content is None and "PDF/A" not in problem:
             self.repair(parts)
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        # What is left are letters without glyphs. PDF/A forbids them, a plain PDF does not.
         if content is None:
             rules = symbol_rules(self.note_missing_letters(problem, parts))
             content, problem = self.compile_typst(rules + join_parts(body, appendix))
@@ -2334,15 +2336,15 @@ def with_output_fields(output: NotebookNode) -> NotebookNode:
     return NotebookNode({**defaults, **present})
 
 
-def export_pdf(notebook: Path | None = None, pdf: Path | None = None) -> list[str]:
+def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None) -> list[str]:
     """Write the executed notebook as `pdf`, or beside it; print and return the exporter's notices.
 
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
     to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
     """
     found = None if notebook else colab_notebook()
-    path, nb = found or saved_notebook(notebook)
-    pdf = pdf or path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
+    path, nb = found or saved_notebook(Path(notebook) if notebook else None)
+    pdf = Path(pdf) if pdf else path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
     write_atomically(pdf, lambda temporary: temporary.write_bytes(content))

@@ -236,9 +236,9 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes. glyph_u says where in the glyph a pixel looks: multiplied by more than
-    # 1, it looks further out, so that the digit is narrower there.
-    waist = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves it up or down
+    # Few fonts, many shapes. Each pixel asks where in the glyph it lies; if it looks further out
+    # there (glyph_u times more than 1), the digit is narrower.
+    waist_shift = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves the waist up or down
     taper = _normal(rng, 0.10, n, 1, 1)  # the head wider than the foot, or the reverse
     bowl = _normal(rng, 0.25, n, 1, 1)  # the waist narrower, head and foot wider, or the reverse
     field = torch.full((n, _SIZE, _SIZE), -1.0)
@@ -247,7 +247,7 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
         glyph_v = sign.v - places.drop[:, place].view(n, 1, 1)
         inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # 0 at head and foot, 0.25 at the waist
         glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
-        grid = torch.stack([glyph_u, glyph_v + waist * inner], dim=-1) / _FIELD_REACH
+        grid = torch.stack([glyph_u, glyph_v + waist_shift * inner], dim=-1) / _FIELD_REACH
         glyph = faces.fields[faces.chosen, digits[:, place]].unsqueeze(1)
         one = F.grid_sample(glyph, grid, padding_mode="border", align_corners=False)[:, 0]
         one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the field: far from the ink
@@ -433,9 +433,10 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
 def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
     """Blurred and shrunk to `pixels` a side (n x 1 x 1, not whole numbers).
 
-    The result is still 32 x 32: the small image lies in the first ceil(pixels) rows and columns,
-    and those beyond repeat its last one. Row i of the small image averages the large one around the
-    place where it lies, with a Gaussian: the lens's blur, and 0.35 small pixels against aliasing.
+    By a 32 x 32 matrix along each axis. Its row i averages the large image around the place where
+    row i of the small one lies, with a Gaussian: the lens's blur, and 0.35 small pixels against
+    aliasing. The result is still 32 x 32: rows from ceil(pixels) on repeat the small image's last
+    one, and `_enlarge` gives them no weight.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)

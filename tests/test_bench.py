@@ -31,7 +31,7 @@ def test_a_step_is_about_the_nearest_orthogonal_one(bench):
 
 
 def test_every_weight_has_one_optimizer(bench):
-    model = nn.Sequential(bench.notebook.base_trunk(), bench.notebook.task_head())
+    model = nn.Sequential(bench.definitions.base_trunk(), bench.definitions.task_head())
     ids = []
     for optimizer in bench.optimizers(model, bench.ShortRecipe()):
         for group in optimizer.param_groups:
@@ -76,7 +76,7 @@ def test_a_short_training_makes_color_images_gray(bench):
 
 def test_the_quick_gray_is_the_notebooks_to_one_level(bench):
     split = noise_split(64, channels=3)
-    exact = bench.notebook.gray(split).images
+    exact = bench.definitions.gray(split).images
     quick = bench.gray_bytes(split.images)
     assert quick.dtype == torch.uint8 and quick.shape == exact.shape
     assert (quick.int() - exact.int()).abs().max() <= 1
@@ -84,14 +84,14 @@ def test_the_quick_gray_is_the_notebooks_to_one_level(bench):
 
 def test_the_quick_resampling_is_the_notebooks_to_one_level(bench):
     split = noise_split(64, size=32)
-    exact = bench.notebook.resample_split(split, bench.notebook.Recipe(side=24)).images
+    exact = bench.definitions.resample_split(split, bench.definitions.Recipe(side=24)).images
     quick = bench.resized(split.images, 24)
     assert quick.dtype == torch.uint8 and quick.shape == exact.shape
     assert (quick.int() - exact.int()).abs().max() <= 1
 
 
 def test_the_quick_trunk_gives_the_numbers_of_the_notebooks(bench):
-    trunk = bench.notebook.base_trunk()
+    trunk = bench.definitions.base_trunk()
     quick = bench.quick_trunk()
     for layer, own in zip(trunk, (*quick[:2], quick[3], quick[2], *quick[4:]), strict=True):
         own.load_state_dict(layer.state_dict())

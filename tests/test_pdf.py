@@ -233,8 +233,8 @@ def test_colabs_metadata_of_widgets_costs_no_output():
 
 def test_a_text_for_the_appendix_stands_there():
     text = md("moved words")
-    text.metadata["tags"] = ["to-appendix"]
-    pdf = export(text, md("body words"), code("plot()", tags=("appendix",)))
+    text.metadata["tags"] = ["cell-in-appendix"]
+    pdf = export(text, md("body words"), code("plot()", tags=("code-in-appendix",)))
     assert pdf.text.find("body words") < pdf.text.find("Appendix") < pdf.text.find("moved words")
 
 
@@ -265,10 +265,10 @@ def test_head_body_and_appendix():
         md("# My Title\nintroduction"),
         code(WHO),
         md("## Question 1\nIt is\n**fast**."),
-        code("#@title Curves\nplot()", stream("curve output"), tags=("appendix",)),
+        code("#@title Curves\nplot()", stream("curve output"), tags=("code-in-appendix",)),
         code("#@title Text\nmake_text()", stream("computed words"), tags=("hide-code",)),
         code("check()", shown({"text/plain": "judged"}, claims=claims), tags=("claims",)),
-        code("#@title List\nlist_all()", stream("long list"), tags=("to-appendix",)),
+        code("#@title List\nlist_all()", stream("long list"), tags=("cell-in-appendix",)),
         code("secret = 1", stream("secret output"), tags=("hide-pdf",)),
         code("helper_module()", tags=("helper-module",)),
         code("pip()", tags=("install",)),

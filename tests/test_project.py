@@ -211,7 +211,9 @@ def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(pr
     assert "It took ten minutes" in table.outputs[0].text
 
 
-@pytest.mark.parametrize("tag", ["other", "definitions", "appendix", "hide-code", "hide-pdf"])
+@pytest.mark.parametrize(
+    "tag", ["other", "definitions", "code-in-appendix", "hide-code", "hide-pdf"]
+)
 def test_the_code_of_every_cell_but_the_claims_counts(tag):
     one, other = (nbformat.v4.new_notebook(cells=[code(text, tag)]) for text in ("f(1)", "f(2)"))
     assert tool.code_of(one) != tool.code_of(other)

@@ -353,14 +353,16 @@ def run_notebook(output: Path) -> None:
         with output.with_name("kernel.log").open("w", encoding="utf-8") as log:
             client.execute(cwd=str(ROOT), env=environment, stderr=log)
     except nbclient.exceptions.CellExecutionError as error:
-        raise SystemExit(f"{failure(notebook, error)}\nThe run so far is in {output}.") from None
+        raise SystemExit(
+            f"{failure_message(notebook, error)}\nThe run so far is in {output}."
+        ) from None
     finally:
         # Here and not by nbclient: it joins streams after each cell, and then no longer finds the
         # displays that later cells change.
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         save(notebook, output)
-    # Where there was no utils.py, the helper cell wrote it.
+    # utils_before is empty where there was no utils.py: the helper cell has written it.
     if utils_before and utils_content() != utils_before:
         results.unlink(missing_ok=True)  # so that no one publishes it
         raise SystemExit("utils.py changed during the run, and later trainings used it: run again.")
@@ -416,7 +418,7 @@ def shows_something(output: NotebookNode) -> bool:
     return any(output.data.values())
 
 
-def failure(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionError) -> str:
+def failure_message(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionError) -> str:
     """The number, as Jupyter shows it, title and error of the cell that failed."""
     reason = error.ename
     if error.evalue:
@@ -424,13 +426,13 @@ def failure(notebook: NotebookNode, error: nbclient.exceptions.CellExecutionErro
     heading = ""
     for cell in notebook.cells:
         heading = heading_of(cell) or heading
-        if failed(cell):
+        if shows_an_error(cell):
             title = form_title(cell) or heading
             return f"Cell [{cell.execution_count}] ({title}) failed: {reason}"
     return reason
 
 
-def failed(cell: NotebookNode) -> bool:
+def shows_an_error(cell: NotebookNode) -> bool:
     """Whether a cell shows an error."""
     return any(output.output_type == "error" for output in cell.get("outputs", []))
 

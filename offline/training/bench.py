@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from offline.training.common import CPU, notebook
+from offline.training.common import CPU, definitions
 from tools.notebook import ROOT, fill_readme, markdown_table
 
 RESULTS = Path(__file__).with_name("bench.json")
@@ -110,7 +110,7 @@ class ImageDataset(torch.utils.data.Dataset):
 def starter_training(train: utils.Split, epochs: int) -> nn.Module:
     """The model that the starter's way gives."""
     torch.manual_seed(0)
-    model = nn.Sequential(notebook.base_trunk(), notebook.task_head())
+    model = nn.Sequential(definitions.base_trunk(), definitions.task_head())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loader = torch.utils.data.DataLoader(ImageDataset(train), batch_size=BATCH, shuffle=True)
     for _ in range(epochs):
@@ -213,7 +213,7 @@ def quick_trunk() -> nn.Sequential:
 
     The largest of four numbers, cut at zero, is the largest of the four cut ones.
     """
-    conv, norm, relu, pool, *others = notebook.base_trunk()
+    conv, norm, relu, pool, *others = definitions.base_trunk()
     return nn.Sequential(conv, norm, pool, relu, *others)
 
 
@@ -224,10 +224,10 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     images = gray_bytes(train.images) if train.images.shape[1] == 3 else train.images
     large = resized(images, recipe.side)
     small = resized(images, recipe.side - 6) if recipe.grow else large
-    notebook_recipe = notebook.Recipe(side=recipe.side, warp=recipe.warp)
+    notebook_recipe = definitions.Recipe(side=recipe.side, warp=recipe.warp)
     # `preprocessing` standardizes each image; it resamples in eval mode only.
     model = nn.Sequential(
-        notebook.preprocessing(notebook_recipe), quick_trunk(), notebook.task_head()
+        definitions.preprocessing(notebook_recipe), quick_trunk(), definitions.task_head()
     ).to(memory_format=torch.channels_last)
     two_optimizers = optimizers(model, recipe)
     steps = max(1, round(epochs * len(train) / recipe.batch_size))
@@ -235,10 +235,10 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
         for optimizer in two_optimizers
     ]
-    order = notebook.random_order(len(train), steps * recipe.batch_size, generator)
+    order = definitions.random_order(len(train), steps * recipe.batch_size, generator)
     for step, index in enumerate(order.split(recipe.batch_size)):
         source = small if step < 0.3 * steps else large
-        batch = notebook.augment(utils.to_float(source[index]), generator, notebook_recipe)
+        batch = definitions.augment(utils.to_float(source[index]), generator, notebook_recipe)
         with utils.autocast(CPU):
             logits = model(batch).float()
         loss = F.cross_entropy(logits, train.labels[index], label_smoothing=recipe.smoothing)
@@ -376,7 +376,7 @@ def compare(
     data: utils.DigitData, records: list[dict[str, Any]], kind: Kind, full: bool
 ) -> dict[str, Any]:
     """Both ways on one data set. `full`: the starter's epochs are trained."""
-    test = notebook.gray(data.test) if data.test.images.shape[1] == 3 else data.test
+    test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
     starter = starter_result(data, test) if full else starter_for(data, records, kind)
     short = short_result(data, test, starter["test_acc"])
     return {"starter": starter, "short": short, "ratio": starter["seconds"] / short["seconds"]}

@@ -10,7 +10,7 @@ from torch import nn
 import utils
 from tools.notebook import load_definitions
 
-notebook = load_definitions()
+definitions = load_definitions()
 
 CPU = torch.device("cpu")
 

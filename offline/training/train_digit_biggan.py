@@ -43,7 +43,7 @@ from offline.digit_biggan import (
     conv_norm_relu,
     untrained_digit_biggan,
 )
-from offline.training.common import CPU, describe_size, notebook, round_and_save
+from offline.training.common import CPU, definitions, describe_size, round_and_save
 
 CLASSES = len(DIGIT_CLASSES)
 # Where the ten classes of each data set begin in DIGIT_CLASSES; data sets by their role in the
@@ -220,7 +220,7 @@ def guide_network() -> nn.Sequential:
     )
 
 
-def train_classifier(
+def load_or_train_classifier(
     model: nn.Module, real: RealImages, steps: int, path: Path, seed: int
 ) -> nn.Module:
     """Train `model` to name the class of real images, or load it when `path` is there.
@@ -236,7 +236,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
         images, labels = real.batch(CLASSIFIER_BATCH, generator)
-        images = notebook.random_affine(images, generator, AFFINE)
+        images = definitions.random_affine(images, generator, AFFINE)
         with utils.autocast(CPU):
             logits = model(images.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
@@ -402,7 +402,8 @@ def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
         z = noise(CLASSES, torch.Generator().manual_seed(STATISTICS_SEED))
         model(z, one_hot(labels[:CLASSES]), 1.0)
     model.eval()
-    # Not norm.train(): the spectral norms inside would go on with their power iterations.
+    # Each conditional norm holds linear layers with spectral norms, which must stay as they are. So
+    # only the norm's own `training` is set: norm.train() would reach them too.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
     for row in rows:
         z = noise(len(labels), torch.Generator().manual_seed(STATISTICS_SEED), row / 50)
@@ -548,7 +549,9 @@ def main() -> None:
     test_images = RealImages(street, handwritten, "test")
 
     torch.manual_seed(SEED + 1)
-    guide = train_classifier(guide_network(), train_images, GUIDE_STEPS, runs / "guide.pt", seed=1)
+    guide = load_or_train_classifier(
+        guide_network(), train_images, GUIDE_STEPS, runs / "guide.pt", seed=1
+    )
     trainer = Trainer(guide)
     checkpoint = runs / "checkpoint.pt"
     if checkpoint.exists():
@@ -558,7 +561,7 @@ def main() -> None:
 
     torch.manual_seed(SEED + 2)
     # Trained into the runs folder: the file in WEIGHTS is an earlier run's.
-    classifier = train_classifier(
+    classifier = load_or_train_classifier(
         EvaluationClassifier(),
         train_images,
         EVALUATION_CLASSIFIER_STEPS,

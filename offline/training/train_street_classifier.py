@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import utils
-from offline.training.common import CPU, describe_size, notebook, round_and_save
+from offline.training.common import CPU, definitions, describe_size, round_and_save
 
 TARGET = utils.OFFLINE / "weights" / "street_classifier.pt"
 AUGMENTATION = (  # in words, for the .json; `augmented` does it
@@ -48,12 +48,12 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     images: float N x 3 x 32 x 32 in -1..1. The shifts are small: a crop's neighboring digits must
     not move to its middle.
     """
-    images = notebook.random_affine(images, generator, (8, 0.04, 0.1, 0.1))
+    images = definitions.random_affine(images, generator, (8, 0.04, 0.1, 0.1))
     gain, offset = torch.rand(2, len(images), 1, 1, 1, generator=generator)
     gain = 0.6 + 0.6 * gain  # 0.6 to 1.2
     offset = 0.4 * offset - 0.2  # -0.2 to 0.2
     images = (gain * images + offset).clamp(-1, 1)
-    return notebook.random_erase(images, generator, size=8)
+    return definitions.random_erase(images, generator, size=8)
 
 
 def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def main() -> None:
     street = utils.load_svhn()
 
     torch.manual_seed(0)
-    model = notebook.StreetClassifier(dropout=DROPOUT)
+    model = definitions.StreetClassifier(dropout=DROPOUT)
     checkpoint = utils.runs_folder() / "street_classifier_checkpoint.pt"
     minutes = train(model, street.train, checkpoint)
     sha256 = round_and_save(model, TARGET)
