@@ -326,9 +326,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # urlopen's timeout does not cover the wait for a name server. So urlopen runs in a thread, and
-    # after TIMEOUT nobody waits for that thread any more. But Python does at its exit: urlopen gets
-    # a timeout too, twice as long, so that `result` is the first to give up.
+    # urlopen's timeout does not cover the look-up of a name. So urlopen runs in a thread, and the
+    # limit is the one of `result`. urlopen's own, longer one ends a thread that was left alone: at
+    # its exit Python waits for every thread.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -835,7 +835,7 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The best generator that can be had, and why those tried before it cannot ("" if none was).
+    """The best generator that can be had, and why no better one is used ("" for the best of all).
 
     'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
     offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
@@ -1310,7 +1310,7 @@ def used_globals(function: FunctionType) -> dict[str, object]:
     for name in sorted(global_names & function.__globals__.keys()):
         value = function.__globals__[name]
         if isinstance(value, ModuleType) and is_ours(value.__name__):
-            # Which names are attributes of this module, the code does not tell: all that may be.
+            # Byte code does not tell whose attribute a name is: take all that this module has.
             for attribute in sorted(all_names & vars(value).keys()):
                 values[f"{name}.{attribute}"] = getattr(value, attribute)
         elif not name.startswith("__"):
@@ -1364,9 +1364,8 @@ def n_jobs() -> int:
         return chosen
     if default_device().type == "cuda":
         return 1
-    return max(
-        1, min(joblib.cpu_count(), jobs_that_fit_in_memory())
-    )  # cores that this process may use
+    # joblib counts the cores that this process may use.
+    return max(1, min(joblib.cpu_count(), jobs_that_fit_in_memory()))
 
 
 _epochs_file: Path | None = None  # of the task at work: has one byte for each finished epoch
@@ -2289,7 +2288,7 @@ def assigned_values(source: str) -> dict[str, str]:
     for statement in statements:
         if not isinstance(statement, ast.Assign):
             continue
-        with suppress(ValueError):  # not a constant
+        with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
             value = value_text(ast.literal_eval(statement.value))
             for target in statement.targets:
                 values[ast.unparse(target)] = value

@@ -121,7 +121,7 @@ def _pixel_grid() -> tuple[Tensor, Tensor]:
     return line.view(1, 1, -1).expand(1, _SIZE, -1), line.view(1, -1, 1).expand(1, -1, _SIZE)
 
 
-class _Sign(NamedTuple):
+class _Signboard(NamedTuple):
     """Where the pixels of each crop fall on the sign that carries the number."""
 
     u: Tensor  # n x 32 x 32, along the number, in digit heights
@@ -129,7 +129,7 @@ class _Sign(NamedTuple):
     scale: Tensor  # n x 1 x 1, pixels in a digit height
 
 
-def _random_sign(rng: torch.Generator, n: int) -> _Sign:
+def _random_sign(rng: torch.Generator, n: int) -> _Signboard:
     """Signs of random size, seen at random angles, slanted and warped a little."""
     x, y = _pixel_grid()
     digit_height = _uniform(rng, 0.52, 0.94, n, 1, 1)  # as a share of the crop's side
@@ -146,7 +146,7 @@ def _random_sign(rng: torch.Generator, n: int) -> _Sign:
     u = u / (2 * digit_height)  # a crop's side is 2 in x and y
     v = v / (2 * digit_height)
     wobble = _smooth_noise(rng, n, 2, 5) * _uniform(rng, 0.0, 0.035, n, 1, 1, 1)
-    return _Sign(u + wobble[:, 0], v + wobble[:, 1], digit_height * _SIZE)
+    return _Signboard(u + wobble[:, 0], v + wobble[:, 1], digit_height * _SIZE)
 
 
 def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class _HouseNumber(NamedTuple):
     right: Tensor  # n x 1 x 1, where it ends
 
 
-def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _HouseNumber:
+def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard) -> _HouseNumber:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
     faces = _faces_with_choice(rng, n)
@@ -236,8 +236,8 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Sign) -> _
     half = faces.half_widths[faces.chosen[:, None], digits] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes. Each pixel asks where in the glyph it lies; if it looks further out
-    # there (glyph_u times more than 1), the digit is narrower.
+    # Few fonts, many shapes. Each pixel looks up its place in the glyph; where a factor above 1
+    # multiplies glyph_u, the digit comes out narrower.
     waist_shift = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves the waist up or down
     taper = _normal(rng, 0.10, n, 1, 1)  # the head wider than the foot, or the reverse
     bowl = _normal(rng, 0.25, n, 1, 1)  # the waist narrower, head and foot wider, or the reverse
@@ -313,7 +313,7 @@ def _levels(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return contrast, ground_level, ink_level
 
 
-def _depth_in_plate(rng: torch.Generator, sign: _Sign, number: _HouseNumber) -> Tensor:
+def _depth_in_plate(rng: torch.Generator, sign: _Signboard, number: _HouseNumber) -> Tensor:
     """Distance to the edge of a rectangle around the number, positive inside (n x 32 x 32).
 
     In six of ten crops that edge lies beyond the picture.
@@ -372,7 +372,7 @@ def _add_relief(
     return _mix(paint, lit, glint * _uniform(rng, 0.2, 0.9, n, 1, 1))
 
 
-def _paint(rng: torch.Generator, sign: _Sign, number: _HouseNumber) -> tuple[Tensor, Tensor]:
+def _paint(rng: torch.Generator, sign: _Signboard, number: _HouseNumber) -> tuple[Tensor, Tensor]:
     """Wall, plate, shadow, outline and digits (n x 3 x 32 x 32, about 0..1), and contrast (n)."""
     field, scale = number.field, sign.scale
     n = len(field)
@@ -482,7 +482,7 @@ def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
     steps = 1 + 0.6 * (frequency.view(-1, 1, 1) + frequency)
     strength = torch.exp(_uniform(rng, np.log(0.01), np.log(0.1), n, 1, 1, 1)) * amount
     table = strength * steps * torch.tensor([1.0, 1.8, 1.8]).view(1, 1, 3, 1)
-    # In this layout `to_ycc @` multiplies the 3 x columns of each row: it mixes the colors.
+    # A row of the image is a matrix of 3 x columns: `to_ycc @` mixes the colors of each pixel.
     coded = _along_both_axes(dct, to_ycc @ image, dct.mT)
     coded = (coded / table).round_().mul_(table)
     return torch.linalg.inv(to_ycc) @ _along_both_axes(dct.mT, coded, dct)

@@ -224,6 +224,10 @@ def test_outputs_of_errors_without_words_and_of_code_stay_whole():
     assert not pdf.notices
 
 
+def test_a_cell_with_an_impossible_dict_costs_nothing():
+    assert "after" in export(code("d = {[1]: 2}"), code("1", stream("after"))).text
+
+
 def test_colabs_metadata_of_widgets_costs_no_output():
     nb = json.loads(notebook(code("f()", shown({"text/html": "<b>kept 19</b>"}))))
     nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"id": {}}}

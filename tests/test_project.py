@@ -85,6 +85,14 @@ def test_a_run_stops_where_utils_is_not_the_notebooks_copy_or_changes_meanwhile(
     assert not (project / "build" / "runs" / "figures" / "results.json").exists()
 
 
+def test_line_ends_of_windows_are_no_change_of_utils():
+    helper = code(tool.helper_cell("x = 0\n"), "helper-module")
+    notebook = nbformat.v4.new_notebook(cells=[helper])
+    tool.require_same_copy(notebook, b"x = 0\r\n")
+    with pytest.raises(SystemExit):
+        tool.require_same_copy(notebook, b"x = 1\r\n")
+
+
 TABLE = "<table><tr><th>test</th><th>MNIST</th></tr><tr><td>b</td><td>99.6</td></tr></table>"
 RESULTS = {
     "profile": "full",
@@ -101,9 +109,12 @@ LAST_LINE = "One run of 10.0 minutes on 2 cores."
 def executed_cells(printed=LAST_LINE):
     table = nbformat.v4.new_output("display_data", {"text/html": TABLE})
     stream = nbformat.v4.new_output("stream", text=printed)
+    figure = nbformat.v4.new_output(
+        "display_data", {"image/svg+xml": "<svg/>"}, metadata={"caption": "Figure 1. A line."}
+    )
     return [
         code("show()", "answers", outputs=[table], count=1),
-        code("print(text)", outputs=[stream], count=2),
+        code("print(text)", outputs=[stream, figure], count=2),
         nbformat.v4.new_markdown_cell("text of the run"),
     ]
 
@@ -159,6 +170,21 @@ def test_publish_refuses_a_run_that_cannot_stand_for_the_project(project, run_of
         tool.publish(run_of(RESULTS | change))
     assert (project / "figures" / "stale.png").exists()
     assert "old" in (project / "README.md").read_text(encoding="utf-8")
+
+
+def test_publish_refuses_a_folder_with_figures_of_another_run(project, run_of):
+    run = run_of()
+    (project / "build" / "runs" / "figures" / "renamed.png").touch()
+    with pytest.raises(SystemExit, match="has other figures than the notebook"):
+        tool.publish(run)
+
+
+def test_a_run_never_overwrites_the_committed_notebook(project):
+    path = write_notebook(project / "assignment3.ipynb", code("1"))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="name another"):
+        tool.run_notebook(path)
+    assert path.read_bytes() == before
 
 
 def test_publish_refuses_outputs_that_name_this_machine_and_a_run_of_other_code(project, run_of):

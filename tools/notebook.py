@@ -328,13 +328,16 @@ def run_notebook(output: Path) -> None:
 
     The notebook is saved as far as it came. Its checkpoints and figures go into A3_RUNS, else into
     runs/ beside `output`; what the kernel's own process complains about goes into kernel.log beside
-    `output`. Raises SystemExit that names the cell that failed, or says that utils.py is not the
-    notebook's copy or changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
+    `output`. Raises SystemExit that names the cell that failed, or says that `output` is the
+    committed notebook, or that utils.py is not its copy or changed meanwhile; nbclient's
+    DeadKernelError where the kernel itself ended.
     """
     utils_before = utils_content()
     notebook = clear_outputs(read(NOTEBOOK))
     require_same_copy(notebook, utils_before)
     output = output.resolve()
+    if output == NOTEBOOK.resolve():
+        raise SystemExit("The committed notebook is changed by `make publish` only: name another.")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     client = StreamingClient(
@@ -345,9 +348,10 @@ def run_notebook(output: Path) -> None:
         extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
     )
     runs = runs_of(output)
-    results = runs / "figures" / "results.json"
-    if results.exists():  # else the folder may be someone's own
-        shutil.rmtree(results.parent)
+    figures = runs / "figures"
+    results = figures / "results.json"
+    if results.exists():  # a run made the folder; else it may be someone's own
+        shutil.rmtree(figures)
     environment = os.environ | {"A3_RUNS": str(runs)}
     try:
         with output.with_name("kernel.log").open("w", encoding="utf-8") as log:
@@ -374,7 +378,8 @@ def require_same_copy(notebook: NotebookNode, content: bytes) -> None:
 
     b"" is no utils.py: the notebook then writes it.
     """
-    if content and only_tagged(notebook, "helper-module").source != helper_cell(content.decode()):
+    text = content.decode().replace("\r\n", "\n")  # as a checkout on Windows may have it
+    if text and only_tagged(notebook, "helper-module").source != helper_cell(text):
         raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
 
 
@@ -471,6 +476,8 @@ def publish(executed: Path) -> None:
     faults = output_faults(run)
     if not shows_duration(run, results):
         faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
+    if len(image_files(figures)) != count_figures(run):
+        faults.append(f"{figures} has other figures than the notebook: delete it and run again")
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     else:
@@ -488,6 +495,18 @@ def publish(executed: Path) -> None:
     results_text = json.dumps(results, indent=1) + "\n"
     (ROOT / "figures" / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The figures in a folder."""
+    return [path for path in folder.iterdir() if path.suffix in {".svg", ".png"}]
+
+
+def count_figures(notebook: NotebookNode) -> int:
+    """How many figures with a caption the notebook shows."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    captions = [output.get("metadata", {}).get("caption", "") for output in outputs]
+    return len([caption for caption in captions if caption.startswith("Figure ")])
 
 
 def shows_duration(run: NotebookNode, results: dict[str, Any]) -> bool:
@@ -508,7 +527,7 @@ def code_of(notebook: NotebookNode) -> list[str]:
     code = []
     for cell in code_cells(notebook):
         if "helper-module" in tags(cell):
-            code.append(code_that_runs(cell.source))
+            code.append(comparable_utils(cell.source))
         elif "claims" in tags(cell):
             code.append("claims")
         else:
@@ -516,7 +535,7 @@ def code_of(notebook: NotebookNode) -> list[str]:
     return code
 
 
-def code_that_runs(helper: str) -> str:
+def comparable_utils(helper: str) -> str:
     """The helper cell without what no run executes: comments, docstrings, and the PDF export."""
     before, _, rest = helper.partition(QUOTES)
     module, _, after = rest.rpartition(QUOTES)  # the copy of utils.py, and the code below it

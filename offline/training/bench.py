@@ -12,8 +12,8 @@ median counts.
 
 The results go into bench.json beside this file: a list of records, one for each machine, arithmetic
 and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
-that was measured stays until --full measures it again. The README's table has the records of the
-first one's machine.
+that was measured stays until --full measures it again. The README's table shows the records whose
+processor and machine are those of the first record.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first one in SHORT_EPOCHS after which the test
@@ -273,7 +273,7 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
 
     The seconds are those of a part of an epoch, extrapolated.
     """
-    starter_training(data.train.first(256), 1)  # what is loaded once: not timed
+    starter_training(data.train.first(256), 1)  # not timed: the first one also pays for imports
     part = data.train.first(TIMED_IMAGES)
     _, seconds = timed(partial(starter_training, part, 1))
     whole = seconds * EPOCHS * len(data.train) / len(part)
@@ -286,7 +286,9 @@ def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[
     Raises RuntimeError where no number in SHORT_EPOCHS is enough.
     """
     recipe = SHORT[data.name]
-    short_training(data.train.first(2_000), recipe, 1.0, seed=0)  # what is loaded once: not timed
+    short_training(
+        data.train.first(2_000), recipe, 1.0, seed=0
+    )  # not timed: the first one also pays for imports
     for epochs in SHORT_EPOCHS:
         seconds, accuracies = [], []
         for seed in SEEDS:

@@ -62,7 +62,7 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     epoch, place = divmod(step, steps_an_epoch)
     order = torch.randperm(len(split), generator=utils.epoch_generator(ORDER_SEED, epoch))
     index = order[place * BATCH : (place + 1) * BATCH]
-    generator = utils.epoch_generator(AUGMENTATION_SEED, step)  # one for each step
+    generator = utils.epoch_generator(AUGMENTATION_SEED, step)  # by step, in place of an epoch
     images = augmented(utils.to_float(split.images[index]), generator)
     return images.contiguous(memory_format=torch.channels_last), split.labels[index]
 
