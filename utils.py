@@ -1310,7 +1310,7 @@ def used_globals(function: FunctionType) -> dict[str, object]:
     for name in sorted(global_names & function.__globals__.keys()):
         value = function.__globals__[name]
         if isinstance(value, ModuleType) and is_ours(value.__name__):
-            # Byte code does not tell whose attribute a name is: take all that this module has.
+            # Byte code does not tell whose attribute a name is: what this module has counts.
             for attribute in sorted(all_names & vars(value).keys()):
                 values[f"{name}.{attribute}"] = getattr(value, attribute)
         elif not name.startswith("__"):
@@ -1368,7 +1368,8 @@ def n_jobs() -> int:
     return max(1, min(joblib.cpu_count(), jobs_that_fit_in_memory()))
 
 
-_epochs_file: Path | None = None  # of the task at work: has one byte for each finished epoch
+# Of the stage at work, for all its tasks: has one byte for each finished epoch.
+_epochs_file: Path | None = None
 
 
 def count_epochs(count: int) -> None:
@@ -2297,6 +2298,8 @@ def assigned_values(source: str) -> dict[str, str]:
 
 def value_text(value: object) -> str:
     """A value in words: the items of a list or tuple with commas between them."""
+    if value is None:
+        return ""
     items = value if isinstance(value, list | tuple) else [value]
     return ", ".join(map(str, items)).strip()
 
@@ -2346,9 +2349,10 @@ def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None
     pdf = Path(pdf) if pdf else path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
+    print(*exporter.notices, sep="\n")
     write_atomically(pdf, lambda temporary: temporary.write_bytes(content))
     state = "as it is open" if found else "as last saved"
-    print(*exporter.notices, f"PDF of {path.name} {state}: {pdf.resolve()}", sep="\n")
+    print(f"PDF of {path.name} {state}: {pdf.resolve()}")
     if in_colab():
         try:
             import_module("google.colab.files").download(str(pdf))

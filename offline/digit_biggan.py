@@ -17,7 +17,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 Z_DIM = 32  # numbers in the noise vector
 SIZE = 32  # pixels of an image's side
 DIGIT_CLASSES = [f"{kind} {digit}" for kind in ("SVHN", "MNIST") for digit in range(10)]
-# (doubles the size?, input, output channels in units of channel_width): 4 -> 4 -> 8 -> 16 -> 32
+# (doubles the side?, input, output channels in units of channel_width). The sides of the images, in
+# pixels: 4 -> 4 -> 8 -> 16 -> 32.
 LAYERS = [(False, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)]
 
 

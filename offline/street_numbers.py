@@ -508,14 +508,15 @@ def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor) -> Tensor:
-    """Blur, few source pixels, sensor noise, JPEG blocks, enlargement with sharpening.
+    """Blur, a photograph of few pixels, sensor noise, JPEG blocks, enlargement with sharpening.
 
     image: n x 3 x 32 x 32; scale: pixels in a digit height, n x 1 x 1; contrast: n. Every linear
     step along one axis is a 32 x 32 matrix, so that the whole batch is a few matrix products.
     """
     n = len(image)
     amount = contrast.view(n, 1, 1, 1)
-    digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))  # in source pixels
+    # In pixels of the photograph: the height of a digit, and from it the photograph's side.
+    digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))
     pixels = (_SIZE * digit_height / scale).clamp(max=_SIZE)
     rows_first = image.permute(0, 2, 1, 3)
     rows_first = _photograph(rng, rows_first, scale, pixels)

@@ -1,5 +1,7 @@
 """The bench: its networks, its optimizers, its records and the README's table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ROOT, noise_split, seeded
@@ -17,7 +19,13 @@ def bench():
 
 def run_record(machine="a", threads=2):
     """A stored run without its short trainings."""
-    starter = {"epochs": 20, "seconds": 900.0, "test_acc": 99.3, "seconds_are": "measured"}
+    starter = {
+        "epochs": 20,
+        "seconds": 900.0,
+        "test_acc": 99.3,
+        "test_images": 64,
+        "seconds_are": "measured",
+    }
     kind = {"processor": "p", "machine": machine, "arithmetic": "fp32, AVX2", "threads": threads}
     return kind | {"data": {"MNIST": {"starter": starter}}}
 
@@ -48,6 +56,9 @@ def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
     estimate = bench.starter_for(mnist, records, bench.kind_of(run_record(threads=1)))
     assert estimate["test_acc"] == 99.3
     assert estimate["seconds"] != 900.0 and estimate["seconds_are"] == "extrapolated"
+    fewer = replace(mnist, test=split.first(10))
+    with pytest.raises(SystemExit, match="judged by 10 test images"):
+        bench.starter_for(fewer, records, bench.kind_of(records[1]))
 
 
 def test_the_readme_shows_the_records_of_the_first_ones_machine(bench):

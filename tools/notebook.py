@@ -198,13 +198,13 @@ class Console:
     printed.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-        self.bar = ""  # of a display
-        self.unfinished = ""  # of a stream: what came after its last line end
+    def __init__(self, terminal: TextIO):
+        self.terminal = terminal
+        self.bar = ""  # the newest text of a display that changes
+        self.unfinished = ""  # what the kernel printed after its last line end
 
     def write(self, text: str) -> None:
-        """Take the next piece of a stream, of any length."""
+        """Take the next piece of what the kernel prints, of any length."""
         *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
             self.print_line(visible(line))
@@ -230,13 +230,13 @@ class Console:
         self.bar = ""
 
     def _show(self, text: str) -> None:
-        if text and self.stream.isatty():
+        if text and self.terminal.isatty():
             self._put(visible(text)[: shutil.get_terminal_size().columns - 1])
 
     def _put(self, text: str) -> None:
-        erase = "\r\x1b[K" if self.stream.isatty() else ""
-        self.stream.write(erase + text)
-        self.stream.flush()
+        erase = "\r\x1b[K" if self.terminal.isatty() else ""
+        self.terminal.write(erase + text)
+        self.terminal.flush()
 
 
 def visible(line: str) -> str:
@@ -347,7 +347,7 @@ def run_notebook(output: Path) -> None:
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # no warning about TCP on the terminal
     )
-    runs = runs_of(output)
+    runs = runs_folder_of(output)
     figures = runs / "figures"
     results = figures / "results.json"
     if results.exists():  # a run made the folder; else it may be someone's own
@@ -383,7 +383,7 @@ def require_same_copy(notebook: NotebookNode, content: bytes) -> None:
         raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
 
 
-def runs_of(executed: Path) -> Path:
+def runs_folder_of(executed: Path) -> Path:
     """Where a run puts its checkpoints and figures: A3_RUNS, else runs/ beside the notebook.
 
     Raises SystemExit where A3_RUNS is the project itself, whose figures/ is the committed run's.
@@ -468,7 +468,7 @@ def publish(executed: Path) -> None:
     SystemExit with every reason why a run cannot be published.
     """
     executed = executed.resolve()
-    figures = runs_of(executed) / "figures"
+    figures = runs_folder_of(executed) / "figures"
     for path in (executed, figures / "results.json"):
         require_run_file(path)
     committed, run = read(NOTEBOOK), read(executed)
@@ -668,7 +668,8 @@ def table_rows(output: NotebookNode) -> list[list[str]]:
 
 def markdown_table(rows: list[list[str]]) -> str:
     """The rows as a table whose first row is its head; all columns but the first are set right."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    escaped = [[entry.replace("|", r"\|") for entry in row] for row in rows]
+    head, *body = ["| " + " | ".join(row) + " |" for row in escaped]
     numbers = len(rows[0]) - 1
     alignment = "| :--- |" + " ---: |" * numbers
     return "\n".join([head, alignment, *body])

@@ -264,6 +264,7 @@ def starter_result(data: utils.DigitData, test: utils.Split) -> dict[str, Any]:
         "epochs": EPOCHS,
         "seconds": seconds,
         "test_acc": utils.percent_right(model, test, CPU),
+        "test_images": len(test),
         "seconds_are": "measured",
     }
 
@@ -273,7 +274,8 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
 
     The seconds are those of a part of an epoch, extrapolated.
     """
-    starter_training(data.train.first(256), 1)  # not timed: the first one also pays for imports
+    # Not timed: the first training also pays for imports.
+    starter_training(data.train.first(256), 1)
     part = data.train.first(TIMED_IMAGES)
     _, seconds = timed(partial(starter_training, part, 1))
     whole = seconds * EPOCHS * len(data.train) / len(part)
@@ -286,9 +288,8 @@ def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[
     Raises RuntimeError where no number in SHORT_EPOCHS is enough.
     """
     recipe = SHORT[data.name]
-    short_training(
-        data.train.first(2_000), recipe, 1.0, seed=0
-    )  # not timed: the first one also pays for imports
+    # Not timed: the first training also pays for imports.
+    short_training(data.train.first(2_000), recipe, 1.0, seed=0)
     for epochs in SHORT_EPOCHS:
         seconds, accuracies = [], []
         for seed in SEEDS:
@@ -350,12 +351,15 @@ def with_record(records: list[dict[str, Any]], new: dict[str, Any]) -> list[dict
     return [*records[:place], new, *records[place + 1 :]]
 
 
-def measured_starters(records: list[dict[str, Any]], name: str) -> dict[Kind, dict[str, Any]]:
-    """The starter's measured results on a data set, by kind."""
+def measured_starters(
+    records: list[dict[str, Any]], data: utils.DigitData
+) -> dict[Kind, dict[str, Any]]:
+    """The starter's results on these test images that were measured, by kind."""
     found = {}
     for record in records:
-        starter = record["data"].get(name, {}).get("starter", {})
-        if starter.get("seconds_are") == "measured":
+        starter = record["data"].get(data.name, {}).get("starter", {})
+        same_images = starter.get("test_images") == len(data.test)
+        if same_images and starter["seconds_are"] == "measured":
             found[kind_of(record)] = starter
     return found
 
@@ -364,31 +368,26 @@ def starter_for(data: utils.DigitData, records: list[dict[str, Any]], kind: Kind
     """The starter's result without its 20 epochs: what was measured for `kind`, else an estimate.
 
     An estimate has the accuracy of the first measured result, and the seconds that a part of an
-    epoch promises. Raises SystemExit where no measured result is stored.
+    epoch promises. Raises SystemExit where no measured result for these test images is stored.
     """
-    measured = measured_starters(records, data.name)
+    measured = measured_starters(records, data)
     if not measured:
-        raise SystemExit(f"{RESULTS.name} has no measured starter: run make bench ARGS=--full.")
+        raise SystemExit(
+            f"{RESULTS.name} has no starter that was judged by {len(data.test):,} test images of "
+            f"{data.name}: run make bench ARGS=--full."
+        )
     if kind in measured:
         return measured[kind]
     return estimated_starter(data, next(iter(measured.values())))
 
 
-def compare(
-    data: utils.DigitData, records: list[dict[str, Any]], kind: Kind, full: bool
-) -> dict[str, Any]:
-    """Both ways on one data set. `full`: the starter's epochs are trained."""
-    test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
-    starter = starter_result(data, test) if full else starter_for(data, records, kind)
-    short = short_result(data, test, starter["test_acc"])
-    return {"starter": starter, "short": short, "ratio": starter["seconds"] / short["seconds"]}
-
-
 def table(records: list[dict[str, Any]]) -> str:
     """Runs as a Markdown table, a row for each run and data set."""
-    rows = [["data set", "ours in", "the starter's 20 epochs", "ours", "times less"]]
+    rows = [["data set", "our arithmetic", "the starter's 20 epochs", "ours", "times less"]]
     for record in records:
         for name, found in record["data"].items():
+            if "short" not in found:  # ours did not come to its end
+                continue
             starter, short = found["starter"], found["short"]
             before = f"{starter['test_acc']:.2f} % in {starter['seconds']:,.0f} s"
             if starter["seconds_are"] == "extrapolated":
@@ -429,10 +428,16 @@ def main() -> None:
     for record in records:
         if kind_of(record) == kind:  # an earlier run of this kind
             found = dict(record["data"])
+    record = kind._asdict() | {"data": found}
     for load in (utils.load_mnist, utils.load_svhn):
         data = load()
-        found[data.name] = compare(data, records, kind, arguments.full)
-        record = kind._asdict() | {"data": found}
+        test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
+        starter = starter_result(data, test) if arguments.full else starter_for(data, records, kind)
+        found[data.name] = {"starter": starter}
+        save_and_fill_readme(with_record(records, record))  # whatever becomes of ours
+        short = short_result(data, test, starter["test_acc"])
+        ratio = starter["seconds"] / short["seconds"]
+        found[data.name] |= {"short": short, "ratio": ratio}
         save_and_fill_readme(with_record(records, record))
     print(table([record]))
 

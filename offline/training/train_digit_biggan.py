@@ -410,7 +410,8 @@ def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
         for norm in norms:
             norm.training = True
             norm.row = row
-        model(z, one_hot(labels), max(row, 1) / 50)  # the library takes no truncation of 0
+        # Norms in train mode take no notice of the truncation, but the library refuses 0.
+        model(z, one_hot(labels), max(row, 1) / 50)
     for norm in norms:
         norm.training = False
         norm.row = None
