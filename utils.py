@@ -326,9 +326,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # urlopen's timeout does not cover the look-up of a name. So urlopen runs in a thread, and the
-    # limit is the one of `result`. urlopen's own, longer one ends a thread that was left alone: at
-    # its exit Python waits for every thread.
+    # urlopen's timeout does not cover the look-up of a name. So urlopen runs in a thread, for whose
+    # result we wait TIMEOUT. The thread may still hang then, and Python does not exit while a
+    # thread runs: so urlopen has a timeout too, twice as long.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -835,8 +835,9 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The best generator that can be had, and why no better one is used ("" for the best of all).
+    """The best generator that can be had, and why no better one is used.
 
+    The reason is "" for the best of all, and for one that was asked for by its name.
     'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
     offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
     """
@@ -1121,9 +1122,9 @@ def fingerprint(*parts: object) -> str:
     """16 hex digits of all that decides what `parts` do: values, code, and what the code uses.
 
     The project's own functions and classes are followed into the global functions and classes that
-    they name; what they import in their body is not. Those of Python and of installed packages
-    count by their names. Docstrings of functions count, comments do not; another version of Python
-    gives other byte code.
+    they name. Functions and classes of Python and of installed packages count by name only; what a
+    function imports in its body does not count. Docstrings of functions count, comments do not;
+    another version of Python gives other byte code.
     """
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
@@ -1282,7 +1283,8 @@ def counts_as_member(name: str, member: object) -> bool:
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
-    # __repr__ of a NamedTuple is Python's; __init__ of a dataclass is made from "<string>".
+    # Not ours: Python's, as __repr__ of a NamedTuple. From "<string>": made, as __init__ of a
+    # dataclass; its globals look like ours.
     return is_ours(module_of(function)) and function.__code__.co_filename != "<string>"
 
 
@@ -1368,7 +1370,8 @@ def n_jobs() -> int:
     return max(1, min(joblib.cpu_count(), jobs_that_fit_in_memory()))
 
 
-# Of the stage at work, for all its tasks: has one byte for each finished epoch.
+# Set in each process while a task runs there. All tasks of a stage share the file: each finished
+# epoch adds a byte.
 _epochs_file: Path | None = None
 
 
@@ -2093,8 +2096,9 @@ class TypstPDFExporter(HTMLExporter):
 
     def convert_parts(self, parts: list[Part]) -> None:
         """Fill in the Typst text of parts by one call of pandoc."""
-        html = "<p>⟦end of part⟧</p>".join(str(part.soup) for part in parts)
-        texts = pandoc(html, "html-auto_identifiers").split("⟦end of part⟧")
+        mark = f"⟦{os.urandom(8).hex()}⟧"  # stands in no cell
+        html = f"<p>{mark}</p>".join(str(part.soup) for part in parts)
+        texts = pandoc(html, "html-auto_identifiers").split(mark)
         for part, text in zip(parts, texts, strict=True):
             part.typst = text
 

@@ -149,19 +149,19 @@ def _random_sign(rng: torch.Generator, n: int) -> _Signboard:
     return _Signboard(u + wobble[:, 0], v + wobble[:, 1], digit_height * _SIZE)
 
 
-def _choose_digits(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _choose_glyphs(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5)."""
     n = len(labels)
     share = torch.tensor(_LENGTH_SHARES)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
     target_place = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
     places = target_place[:, None] + torch.arange(-2, 3)
-    digits = torch.randint(0, 10, (n, 5), generator=rng)
-    digits[:, 2] = labels
-    digits[(digits == 1) & (torch.rand(n, 5, generator=rng) < 0.25)] = 10  # a bare stroke
-    digits[(digits == 3) & (torch.rand(n, 5, generator=rng) < 0.15)] = 11  # a flat top
+    glyphs = torch.randint(0, 10, (n, 5), generator=rng)
+    glyphs[:, 2] = labels
+    glyphs[(glyphs == 1) & (torch.rand(n, 5, generator=rng) < 0.25)] = 10  # a bare stroke
+    glyphs[(glyphs == 3) & (torch.rand(n, 5, generator=rng) < 0.15)] = 11  # a flat top
     exists = (places >= 0) & (places < length[:, None])
-    return digits, exists
+    return glyphs, exists
 
 
 class _Faces(NamedTuple):
@@ -231,9 +231,9 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
     faces = _faces_with_choice(rng, n)
-    digits, exists = _choose_digits(rng, labels)
+    glyphs, exists = _choose_glyphs(rng, labels)
     stretch = 0.85 * _normal(rng, 0.25, n, 1).exp().clamp(0.5, 1.5)
-    half = faces.half_widths[faces.chosen[:, None], digits] * stretch
+    half = faces.half_widths[faces.chosen[:, None], glyphs] * stretch
     places = _place_digits(rng, half, exists)
 
     # Few fonts, many shapes. Each pixel looks up its place in the glyph; where a factor above 1
@@ -248,7 +248,7 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
         inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # 0 at head and foot, 0.25 at the waist
         glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
         grid = torch.stack([glyph_u, glyph_v + waist_shift * inner], dim=-1) / _FIELD_REACH
-        glyph = faces.fields[faces.chosen, digits[:, place]].unsqueeze(1)
+        glyph = faces.fields[faces.chosen, glyphs[:, place]].unsqueeze(1)
         one = F.grid_sample(glyph, grid, padding_mode="border", align_corners=False)[:, 0]
         one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the field: far from the ink
         field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)

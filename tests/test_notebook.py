@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_no_half_written_utils(tmp_path):
 def test_the_install_cell_the_pdf_and_the_requirements_ask_for_the_same_versions(committed):
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     required = {line.partition(" ")[0] for line in lines}
-    cell = tool.only_tagged(committed, "install").source
+    cell = tool.single_tagged_cell(committed, "install").source
     for package, version in utils.NEEDED_VERSIONS.items():
         assert f"{package}>={version}" in required
         assert f'"{package}>={version}"' in cell

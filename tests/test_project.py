@@ -233,7 +233,7 @@ def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(pr
     tool.publish(run)
     results = json.loads((project / "figures" / "results.json").read_text(encoding="utf-8"))
     assert results["claims"] == {"It took ten minutes": True}
-    table = tool.only_tagged(tool.read(tool.NOTEBOOK), "claims-table")
+    table = tool.single_tagged_cell(tool.read(tool.NOTEBOOK), "claims-table")
     assert "It took ten minutes" in table.outputs[0].text
 
 

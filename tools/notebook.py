@@ -128,7 +128,7 @@ def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if tag in tags(cell)]
 
 
-def only_tagged(notebook: NotebookNode, tag: str) -> NotebookNode:
+def single_tagged_cell(notebook: NotebookNode, tag: str) -> NotebookNode:
     """The only cell with this tag. Raises ValueError when there is none or more than one."""
     found = tagged(notebook, tag)
     if len(found) != 1:
@@ -183,7 +183,7 @@ def sync(path: Path = NOTEBOOK) -> None:
     Raises ValueError when the notebook has no cell for the copy, or utils.py cannot be quoted.
     """
     notebook = read(path)
-    cell = only_tagged(notebook, "helper-module")
+    cell = single_tagged_cell(notebook, "helper-module")
     cell.source = helper_cell((ROOT / "utils.py").read_text(encoding="utf-8"))
     save(notebook, path)
 
@@ -376,10 +376,10 @@ def run_notebook(output: Path) -> None:
 def require_same_copy(notebook: NotebookNode, content: bytes) -> None:
     """Raise SystemExit where utils.py has another content than the notebook's copy of it.
 
-    b"" is no utils.py: the notebook then writes it.
+    `content` is b"" where there is no utils.py: nothing is compared, as the notebook will write it.
     """
     text = content.decode().replace("\r\n", "\n")  # as a checkout on Windows may have it
-    if text and only_tagged(notebook, "helper-module").source != helper_cell(text):
+    if text and single_tagged_cell(notebook, "helper-module").source != helper_cell(text):
         raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
 
 
@@ -569,7 +569,7 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, b
         "import json, math\nimport numpy as np\nimport utils\n"
         f"results = json.loads({json.dumps(results)!r})\nclaims = {{}}"
     )
-    table = only_tagged(notebook, "claims-table")
+    table = single_tagged_cell(notebook, "claims-table")
     texts = [begin, *sources(tagged(notebook, "claims")), table.source]
     texts.append("print(json.dumps({sentence: bool(holds) for sentence, holds in claims.items()}))")
     trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
@@ -650,7 +650,7 @@ def answers_table(notebook: NotebookNode) -> str:
     It is the HTML table that the cell tagged `answers` shows. Raises SystemExit where that cell
     shows none, ValueError where there is no such cell.
     """
-    for output in only_tagged(notebook, "answers").outputs:
+    for output in single_tagged_cell(notebook, "answers").outputs:
         rows = table_rows(output)
         if rows:
             return markdown_table(rows)

@@ -34,7 +34,7 @@ WEIGHT_DECAY = 0.02
 SMOOTHING = 0.1  # of the labels
 STEPS = 4_000
 WARM_UP = 100  # steps
-DECAY = 0.5  # the share of the steps, at the end, in which the learning rate falls to zero
+LR_DECAY_SHARE = 0.5  # the share of the steps, at the end, in which the learning rate falls to zero
 DROPOUT = 0.0  # the starter's 0.3 in every layer needs many more epochs
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 200  # steps
@@ -70,7 +70,7 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
 def learning_rate(step: int) -> float:
     """The rate of a step: it warms up, stays at its peak, and falls to zero in a straight line."""
     share_of_warm_up = (step + 1) / WARM_UP  # above 1 when it is over
-    share_of_decay_left = (STEPS - step) / (DECAY * STEPS)  # above 1 before it begins
+    share_of_decay_left = (STEPS - step) / (LR_DECAY_SHARE * STEPS)  # above 1 before it begins
     return PEAK_LR * min(1, share_of_warm_up, share_of_decay_left)
 
 
@@ -157,7 +157,7 @@ def recipe() -> dict[str, object]:
         "peak_lr": PEAK_LR,
         "weight_decay": WEIGHT_DECAY,
         "warm_up_steps": WARM_UP,
-        "share_of_decay": DECAY,
+        "share_of_decay": LR_DECAY_SHARE,
         "label_smoothing": SMOOTHING,
         "dropout": DROPOUT,
         "ema_decay": EMA_DECAY,
