@@ -220,6 +220,23 @@ def test_errors_of_a_digit_are_those_of_its_label(nb, tables):
     assert names["results"]["multi_task"]["digit_errors"]["single"] == [25.0] + [0.0] * 9
 
 
+def test_the_variant_with_the_best_mean_is_chosen_and_of_its_seeds_the_best(nb):
+    top1 = {"suggested": [99.9, 10.0], "one-cycle": [98.0, 98.2], "semi-hard": [97.0, 98.1]}
+    embeddings, top1_of = {}, {}
+    for name, values in top1.items():
+        for seed, value in zip((3, 4), values, strict=True):
+            model = f"model of {name}, {seed}"
+            embeddings[name, seed] = model, []
+            top1_of[model] = value
+    given = {"VARIANTS": top1, "embeddings": embeddings, "SEEDS": [3, 4], "held_out": None}
+    given["embedding_data"] = nb.EmbeddingData(None, None, None)
+    given["validation_top1"] = lambda model, held_out, street: top1_of[model]
+    names = run_cell(nb, "# @title Choosing the variant", **given)
+    assert names["best_model"] == "model of one-cycle, 4"
+    assert (names["best_variant"], names["best_seed"]) == ("one-cycle", 4)
+    assert names["val_top1"] == top1
+
+
 def test_the_reverse_way_asks_with_svhn_images(nb):
     body = ast.parse(source_of("# @title Scores")).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]

@@ -68,6 +68,22 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
     assert active.item() == pytest.approx(np.mean([(side > 0).double().mean() for side in sides]))
 
 
+@pytest.mark.parametrize("name", ["one-cycle", "wide margin"])
+def test_a_variant_decides_negatives_and_margin(nb, name):
+    class Identity(nn.Module):
+        embed_images = embed_features = staticmethod(lambda z: z)
+
+    x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
+    variant = nb.VARIANTS[name]
+    torch.manual_seed(3)
+    expected, _ = nb.cross_domain_loss(x, y, variant.semi_hard, variant.margin)
+    torch.manual_seed(3)
+    batch = x.z, x.labels, y.z, y.labels
+    loss, _ = nb.embedding_loss(Identity(), batch, variant)
+    assert torch.equal(loss, expected)
+    assert variant.margin == (1.0 if name == "wide margin" else 0.2)
+
+
 @pytest.mark.parametrize("semi_hard", [False, True])
 def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_hard):
     same = nb.Embedded(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
