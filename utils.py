@@ -1283,8 +1283,8 @@ def counts_as_member(name: str, member: object) -> bool:
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
-    # Not ours: Python's, as __repr__ of a NamedTuple. From "<string>": made, as __init__ of a
-    # dataclass; its globals look like ours.
+    # Left out: functions that Python wrote (__repr__ of a NamedTuple), and generated ones (__init__
+    # of a dataclass). These have our globals; only their file name, "<string>", shows it.
     return is_ours(module_of(function)) and function.__code__.co_filename != "<string>"
 
 
@@ -1312,7 +1312,8 @@ def used_globals(function: FunctionType) -> dict[str, object]:
     for name in sorted(global_names & function.__globals__.keys()):
         value = function.__globals__[name]
         if isinstance(value, ModuleType) and is_ours(value.__name__):
-            # Byte code does not tell whose attribute a name is: what this module has counts.
+            # Byte code does not tell whose attribute a name is. If this module has such an
+            # attribute, it is included.
             for attribute in sorted(all_names & vars(value).keys()):
                 values[f"{name}.{attribute}"] = getattr(value, attribute)
         elif not name.startswith("__"):
@@ -1681,7 +1682,8 @@ def cell_text(value: object) -> str:
 
 COURSE = "COMP 499/691, Special Topics: Deep Learning"
 NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": "0.15.0"}
-# Cells with these tags are left out; of the name cell ("submission") the head shows the values.
+# Cells with these tags are left out. "submission" is the cell that assigns NAME and STUDENT_NUMBER:
+# its values are printed at the top of page 1.
 LEFT_OUT_TAGS = {"hide-pdf", "install", "helper-module", "export", "submission"}
 OUTPUTS_ONLY_TAGS = {"hide-code", "claims"}
 IMAGE_TYPES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
@@ -1770,7 +1772,7 @@ class TypstPDFExporter(HTMLExporter):
     """A PDF without LaTeX; also `jupyter nbconvert --to utils.TypstPDFExporter FILE.ipynb`.
 
     Tags of cells: LEFT_OUT_TAGS, OUTPUTS_ONLY_TAGS, code-in-appendix (outputs in place),
-    cell-in-appendix (code and outputs), submission (the name cell). Metadata of outputs: caption;
+    cell-in-appendix (code and outputs). Metadata of outputs: caption;
     is_caption (left out, as the caption stands at the figure); claims, a dict of sentences and
     whether they hold.
     `notices` tells what could not be shown, which claims do not hold, and which names are missing:
@@ -1955,7 +1957,7 @@ class TypstPDFExporter(HTMLExporter):
 
         Also sets `title`, the PDF's, and notes what the name cell lacks.
         """
-        number, source = self.name_cell()
+        number, source = self.submission_cell()
         who = {"NAME": "", "STUDENT_NUMBER": "", "DISCUSSED_WITH": ""} | assigned_values(source)
         missing = [name for name, value in who.items() if not value]
         if missing:
@@ -1969,7 +1971,7 @@ class TypstPDFExporter(HTMLExporter):
         html = f"<p>{COURSE}</p>{heading}<p>{' &emsp; '.join(facts)}</p>"
         return Part(number, BeautifulSoup(html, "html.parser"))
 
-    def name_cell(self) -> tuple[int, str]:
+    def submission_cell(self) -> tuple[int, str]:
         """Number and source of the name cell; 1 and nothing where there is none."""
         for number, cell in enumerate(self.nb.cells, 1):
             if "submission" in cell.metadata.tags:
@@ -2321,8 +2323,8 @@ def with_all_fields(nb: NotebookNode) -> NotebookNode:
             continue
         cell.execution_count = cell.get("execution_count")
         cell.outputs = [with_output_fields(output) for output in cell.get("outputs") or []]
-        is_name_cell = {"NAME", "STUDENT_NUMBER"} <= assigned_values(cell.source).keys()
-        if is_name_cell and not LEFT_OUT_TAGS & set(cell.metadata.tags):
+        assigns_names = {"NAME", "STUDENT_NUMBER"} <= assigned_values(cell.source).keys()
+        if assigns_names and not LEFT_OUT_TAGS & set(cell.metadata.tags):
             cell.metadata.tags.append("submission")  # one retyped in Colab has no tag
     return nb
 

@@ -176,8 +176,8 @@ class _Faces(NamedTuple):
 def _faces_with_choice(rng: torch.Generator, n: int) -> _Faces:
     """All faces, and one for each crop.
 
-    A face weighs 1 / sqrt(faces of its family): a family of four is chosen twice as often as one of
-    one.
+    A face weighs 1 / sqrt(faces of its family): a family with four faces is chosen twice as often
+    as a family with a single one.
     """
     family_of, glyphs = [], []
     for number, family in enumerate(FONT_FAMILIES.values()):
@@ -431,19 +431,19 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
 
 
 def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
-    """Blurred and shrunk to `pixels` a side (n x 1 x 1, not whole numbers).
+    """Photographs of the scenes `image`, `pixels` a side (n x 1 x 1, not whole numbers).
 
-    By a 32 x 32 matrix along each axis. Its row i averages the large image around the place where
-    row i of the small one lies, with a Gaussian: the lens's blur, and 0.35 small pixels against
-    aliasing. The result is still 32 x 32: rows from ceil(pixels) on repeat the small image's last
-    one, and `_enlarge` gives them no weight.
+    A photograph lies in the top left corner of 32 x 32 pixels, as those of a batch differ in size.
+    The rows and columns beyond it repeat its last one; `_enlarge` gives them no weight. Row i of a
+    photograph averages the scene around its place there with a Gaussian: the lens's blur, and 0.35
+    of the photograph's pixels against aliasing.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
     ratio = _SIZE / pixels
-    last_row = pixels.ceil() - 1  # of the small image
+    last_row = pixels.ceil() - 1  # of the photograph
     row = torch.minimum(i.view(1, -1, 1), last_row)
-    middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the large image
+    middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the scene
     offset = i.view(1, 1, -1) - middle
     blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
     smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
@@ -495,7 +495,7 @@ def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
-    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5  # of a row in the small image
+    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5  # of a row in the photograph
     distance = (i.view(1, 1, -1) - position).abs()
     a = -_uniform(rng, 0.0, 0.9, n, 1, 1)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1

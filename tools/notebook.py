@@ -2,7 +2,7 @@
 
 python tools/notebook.py sync               copy utils.py into the notebook's helper cell
 python tools/notebook.py run OUT.ipynb      execute the notebook into OUT.ipynb
-python tools/notebook.py publish RUN.ipynb  make a run the committed one: notebook, figures, README
+python tools/notebook.py publish RUN.ipynb  take over outputs, figures, README table of a run
 python tools/notebook.py results [RUN]      print the table of answers of an executed notebook
 """
 
@@ -104,7 +104,9 @@ def save(notebook: NotebookNode, path: Path) -> None:
         }
     )
     nbformat.validate(notebook)
-    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+    temporary = path.with_name(f"{path.name}.part")  # a full disk must not cost the notebook
+    temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+    temporary.replace(path)
 
 
 def cell_metadata(cell: NotebookNode) -> dict[str, Any]:
@@ -460,10 +462,10 @@ def form_title(cell: NotebookNode) -> str:
 
 
 def publish(executed: Path) -> None:
-    """Make an executed notebook the committed one, with its figures, results and README table.
+    """Copy a run's outputs, figures, results and README table into the project.
 
-    The text is the committed notebook's; its code must be that of the run. After a run one may
-    still correct Markdown cells; in utils.py, comments, docstrings and the PDF section (not the
+    Text and code stay the committed notebook's; the code must be that of the run. After a run one
+    may still correct Markdown cells; in utils.py, comments, docstrings and the PDF section (not the
     imports at its top); and claims, which are then evaluated again from the run's results. Raises
     SystemExit with every reason why a run cannot be published.
     """

@@ -163,7 +163,7 @@ def orthogonal(gradient: Tensor) -> Tensor:
     return matrix.view_as(gradient)
 
 
-def rate(step: int, steps: int) -> float:
+def share_of_peak(step: int, steps: int) -> float:
     """The learning rate at a step, as a share of its peak: up for 30 % of the steps, then down."""
     progress = (step + 0.5) / steps
     if progress < 0.3:
@@ -232,7 +232,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     two_optimizers = optimizers(model, recipe)
     steps = max(1, round(epochs * len(train) / recipe.batch_size))
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak(step, steps))
         for optimizer in two_optimizers
     ]
     order = definitions.random_order(len(train), steps * recipe.batch_size, generator)
