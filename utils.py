@@ -326,9 +326,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # urlopen's timeout does not cover the look-up of a name. So urlopen runs in a thread, for whose
-    # result we wait TIMEOUT. The thread may still hang then, and Python does not exit while a
-    # thread runs: so urlopen has a timeout too, twice as long.
+    # urlopen's timeout does not cover the look-up of a name, so urlopen runs in a thread for whose
+    # result we wait TIMEOUT. Its own timeout, twice as long, ends a thread that hangs after the
+    # look-up, as Python waits for all threads at its exit.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -1283,8 +1283,8 @@ def counts_as_member(name: str, member: object) -> bool:
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
-    # Left out: functions that Python wrote (__repr__ of a NamedTuple), and generated ones (__init__
-    # of a dataclass). These have our globals; only their file name, "<string>", shows it.
+    # is_ours leaves out Python's own, as __repr__ of a NamedTuple. A dataclass's __init__, which is
+    # generated, has our globals; its file name, "<string>", gives it away.
     return is_ours(module_of(function)) and function.__code__.co_filename != "<string>"
 
 
@@ -1848,7 +1848,7 @@ class TypstPDFExporter(HTMLExporter):
         """The part of a cell, without its code, and the listing of its code."""
         part = Part(number, BeautifulSoup(self.cell_html(number, cell), "html.parser"))
         self.make_printable(part)
-        # Last, as `output_listing` looks for the wrapper of an output.
+        # Last, as `preformatted_listing` looks for the wrapper of an output.
         for wrapper in part.soup.select(WRAPPERS):
             wrapper.unwrap()
         listing = ""
@@ -2006,7 +2006,7 @@ class TypstPDFExporter(HTMLExporter):
         for image in part.soup("img"):
             self.save_image(part.cell_number, image)
         for listing in part.soup("pre"):
-            listing.replace_with(BeautifulSoup(output_listing(listing), "html.parser"))
+            listing.replace_with(BeautifulSoup(preformatted_listing(listing), "html.parser"))
         for table in part.soup("table"):
             self.fit_table(part.cell_number, table)
 
@@ -2153,13 +2153,13 @@ class TypstPDFExporter(HTMLExporter):
         return "".join(missing)
 
 
-def symbol_rules(letters: str) -> str:
+def symbol_rules(characters: str) -> str:
     """Typst rules that put names in the place of symbols, such as emoji, but not of letters."""
     rules = ""
-    for letter in dict.fromkeys(letters):
-        if unicodedata.category(letter) == "So":
-            name = unicodedata.name(letter, "symbol").lower()
-            rules += f"#show {typst_string(letter)}: {typst_string(f'[{name}]')}\n"
+    for character in dict.fromkeys(characters):
+        if unicodedata.category(character) == "So":
+            name = unicodedata.name(character, "symbol").lower()
+            rules += f"#show {typst_string(character)}: {typst_string(f'[{name}]')}\n"
     return rules
 
 
@@ -2235,7 +2235,7 @@ def code_listing(code: str) -> str:
     return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
 
 
-def output_listing(listing: Tag) -> str:
+def preformatted_listing(listing: Tag) -> str:
     """HTML of preformatted text; of long outputs only the beginning and the end."""
     lines = [line.rstrip() for line in listing.get_text().strip("\n").split("\n")]
     left_out = len(lines) - FIRST_LINES - LAST_LINES
@@ -2286,18 +2286,22 @@ def plain_words(text: str) -> str:
 
 
 def assigned_values(source: str) -> dict[str, str]:
-    """Names and their values, as text, of a cell of plain assignments; {} if it is no Python."""
+    """Names and their values, as text, that a cell assigns; {} if it is no Python."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:
         return {}
     values = {}
     for statement in statements:
-        if not isinstance(statement, ast.Assign):
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value:  # NAME: str = "Ann"
+            targets = [statement.target]
+        else:
             continue
         with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
             value = value_text(ast.literal_eval(statement.value))
-            for target in statement.targets:
+            for target in targets:
                 values[ast.unparse(target)] = value
     return values
 

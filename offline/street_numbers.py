@@ -154,13 +154,13 @@ def _choose_glyphs(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor
     n = len(labels)
     share = torch.tensor(_LENGTH_SHARES)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
-    target_place = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
-    places = target_place[:, None] + torch.arange(-2, 3)
+    target_index = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
+    index = target_index[:, None] + torch.arange(-2, 3)  # in the number, of each place's digit
     glyphs = torch.randint(0, 10, (n, 5), generator=rng)
     glyphs[:, 2] = labels
     glyphs[(glyphs == 1) & (torch.rand(n, 5, generator=rng) < 0.25)] = 10  # a bare stroke
     glyphs[(glyphs == 3) & (torch.rand(n, 5, generator=rng) < 0.15)] = 11  # a flat top
-    exists = (places >= 0) & (places < length[:, None])
+    exists = (index >= 0) & (index < length[:, None])
     return glyphs, exists
 
 
@@ -430,18 +430,18 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     return (tall @ right).view(n, _SIZE, 3, _SIZE)
 
 
-def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
-    """Photographs of the scenes `image`, `pixels` a side (n x 1 x 1, not whole numbers).
+def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, photo_side: Tensor) -> Tensor:
+    """Photographs of the scenes `image`, `photo_side` a side (n x 1 x 1, not whole numbers).
 
     A photograph lies in the top left corner of 32 x 32 pixels, as those of a batch differ in size.
     The rows and columns beyond it repeat its last one; `_enlarge` gives them no weight. Row i of a
-    photograph averages the scene around its place there with a Gaussian: the lens's blur, and 0.35
-    of the photograph's pixels against aliasing.
+    photograph averages the scene around its place there with a Gaussian. Its width is that of the
+    lens's blur and, against aliasing, 0.35 of one photograph pixel, added in squares.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
-    ratio = _SIZE / pixels
-    last_row = pixels.ceil() - 1  # of the photograph
+    ratio = _SIZE / photo_side
+    last_row = photo_side.ceil() - 1  # of the photograph
     row = torch.minimum(i.view(1, -1, 1), last_row)
     middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the scene
     offset = i.view(1, 1, -1) - middle
@@ -488,21 +488,21 @@ def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
     return torch.linalg.inv(to_ycc) @ _along_both_axes(dct.mT, coded, dct)
 
 
-def _enlarge(rng: torch.Generator, image: Tensor, pixels: Tensor) -> Tensor:
-    """From `pixels` a side back to 32, by Keys' cubic kernel.
+def _enlarge(rng: torch.Generator, image: Tensor, photo_side: Tensor) -> Tensor:
+    """From `photo_side` a side back to 32, by Keys' cubic kernel.
 
     It also gives the halos of a sharpened photograph.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
-    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / pixels) - 0.5  # of a row in the photograph
+    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / photo_side) - 0.5  # of a row in the photograph
     distance = (i.view(1, 1, -1) - position).abs()
     a = -_uniform(rng, 0.0, 0.9, n, 1, 1)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     cubic = torch.where(distance < 2, far, 0.0)
     cubic = torch.where(distance < 1, near, cubic)
-    cubic = torch.where(i.view(1, 1, -1) < pixels.ceil(), cubic, 0.0)  # nothing lies beyond
+    cubic = torch.where(i.view(1, 1, -1) < photo_side.ceil(), cubic, 0.0)  # nothing lies beyond
     matrix = _rows_of_sum_one(cubic)
     return _along_both_axes(matrix, image, matrix.mT)
 
@@ -517,12 +517,12 @@ def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor
     amount = contrast.view(n, 1, 1, 1)
     # In pixels of the photograph: the height of a digit, and from it the photograph's side.
     digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))
-    pixels = (_SIZE * digit_height / scale).clamp(max=_SIZE)
+    photo_side = (_SIZE * digit_height / scale).clamp(max=_SIZE)
     rows_first = image.permute(0, 2, 1, 3)
-    rows_first = _photograph(rng, rows_first, scale, pixels)
+    rows_first = _photograph(rng, rows_first, scale, photo_side)
     rows_first = _add_noise(rng, rows_first, amount)
     rows_first = _compress(rng, rows_first, amount)
-    rows_first = _enlarge(rng, rows_first, pixels)
+    rows_first = _enlarge(rng, rows_first, photo_side)
     return rows_first.permute(0, 2, 1, 3).contiguous()
 
 

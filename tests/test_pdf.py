@@ -224,6 +224,11 @@ def test_outputs_of_errors_without_words_and_of_code_stay_whole():
     assert not pdf.notices
 
 
+def test_a_name_with_a_type_hint_is_a_name():
+    who = WHO.replace("NAME =", "NAME: str =", 1)
+    assert "Name: Ada" in export(md("a"), code(who, tags=("submission",))).text
+
+
 def test_a_cell_with_an_impossible_dict_costs_nothing():
     assert "after" in export(code("d = {[1]: 2}"), code("1", stream("after"))).text
 

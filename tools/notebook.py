@@ -672,8 +672,8 @@ def markdown_table(rows: list[list[str]]) -> str:
     """The rows as a table whose first row is its head; all columns but the first are set right."""
     escaped = [[entry.replace("|", r"\|") for entry in row] for row in rows]
     head, *body = ["| " + " | ".join(row) + " |" for row in escaped]
-    numbers = len(rows[0]) - 1
-    alignment = "| :--- |" + " ---: |" * numbers
+    other_columns = len(rows[0]) - 1
+    alignment = "| :--- |" + " ---: |" * other_columns
     return "\n".join([head, alignment, *body])
 
 

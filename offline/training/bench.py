@@ -365,7 +365,7 @@ def measured_starters(
 
 
 def starter_for(data: utils.DigitData, records: list[dict[str, Any]], kind: Kind) -> dict[str, Any]:
-    """The starter's result without its 20 epochs: what was measured for `kind`, else an estimate.
+    """The starter's result if it is not trained now: the one stored for `kind`, else an estimate.
 
     An estimate has the accuracy of the first measured result, and the seconds that a part of an
     epoch promises. Raises SystemExit where no measured result for these test images is stored.
