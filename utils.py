@@ -2048,8 +2048,9 @@ class TypstPDFExporter(HTMLExporter):
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
         """The PDF of all parts. What cannot be set is shown as source and noted.
 
-        First as PDF/A. If a part is not valid Typst, as PDF/A again with that part repaired. If
-        that fails too, for a letter without a glyph, which PDF/A forbids, as a plain PDF.
+        Tries PDF/A. Where a part is not valid Typst, it repairs that part and tries PDF/A again.
+        Where PDF/A is refused, at either try, because of a letter without a glyph, it writes a
+        plain PDF.
         """
         self.convert_formulas()
         parts = body + appendix

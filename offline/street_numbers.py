@@ -254,12 +254,11 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
         field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)
 
     # A field that is raised everywhere has thicker strokes, one that is lowered has thinner ones.
-    # It changes by something between -thinner and +thicker.
     half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
-    thinner = 0.25 * half_stroke
-    thicker = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
-    above_thinnest = _uniform(rng, 0, 1, n, 1, 1) * (thinner + thicker)
-    field = field + above_thinnest - thinner
+    most_lowered = 0.25 * half_stroke
+    most_raised = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
+    above_lowest = _uniform(rng, 0, 1, n, 1, 1) * (most_lowered + most_raised)
+    field = field + above_lowest - most_lowered
     return _HouseNumber(field, places.left, places.right)
 
 
@@ -271,6 +270,7 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     is_any_hue = (pick > 0.45) & (pick < 0.65)  # pink and green too
     # A hue is an angle in the plane of (cb, cr): blue is about -0.6, brown about 2.4.
     any_hue = _uniform(rng, -np.pi, np.pi, n)
+    # any_hue / pi serves as a random number in -1..1.
     bluish = -0.6 + 0.3 * any_hue / np.pi  # -0.9 to -0.3
     brownish = 2.4 + 0.35 * any_hue / np.pi  # 2.05 to 2.75
     hue = torch.where(is_blue, bluish, any_hue)
@@ -435,8 +435,8 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, photo_side: 
 
     A photograph lies in the top left corner of 32 x 32 pixels, as those of a batch differ in size.
     The rows and columns beyond it repeat its last one; `_enlarge` gives them no weight. Row i of a
-    photograph averages the scene around its place there with a Gaussian. Its width is that of the
-    lens's blur and, against aliasing, 0.35 of one photograph pixel, added in squares.
+    photograph averages the scene around its place there with a Gaussian of the deviation
+    sqrt(blur^2 + alias^2): the lens's blur, and 0.35 of a photograph pixel against aliasing.
     """
     n = len(image)
     i = torch.arange(_SIZE, dtype=torch.float32)
@@ -449,8 +449,8 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, photo_side: 
     smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
 
     def shrinking(sigma: Tensor) -> Tensor:
-        width = (sigma**2 + (0.35 * ratio) ** 2).sqrt()
-        return _rows_of_sum_one(torch.exp(-0.5 * (offset / width) ** 2))
+        deviation = (sigma**2 + (0.35 * ratio) ** 2).sqrt()
+        return _rows_of_sum_one(torch.exp(-0.5 * (offset / deviation) ** 2))
 
     return _along_both_axes(shrinking(blur * smear), image, shrinking(blur / smear).mT)
 

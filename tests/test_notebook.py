@@ -85,6 +85,11 @@ def test_cells_that_were_not_executed_in_order_are_found(counts):
     assert tool.output_faults(notebook) == ["the cells were not executed once each, in order"]
 
 
+def test_an_empty_cell_need_not_be_executed():
+    cells = code_cell("f()", count=1), code_cell("", count=None), code_cell("f()", count=2)
+    assert tool.output_faults(notebook_of(*cells)) == []
+
+
 @pytest.fixture(scope="module")
 def committed():
     return tool.read(tool.NOTEBOOK)

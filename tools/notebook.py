@@ -352,7 +352,7 @@ def run_notebook(output: Path) -> None:
     runs = runs_folder_of(output)
     figures = runs / "figures"
     results = figures / "results.json"
-    if results.exists():  # a run made the folder; else it may be someone's own
+    if results.exists():  # only what a finished run left: A3_RUNS may be someone's own folder
         shutil.rmtree(figures)
     environment = os.environ | {"A3_RUNS": str(runs)}
     try:
@@ -367,7 +367,8 @@ def run_notebook(output: Path) -> None:
         # displays that later cells change.
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
-        save(notebook, output)
+        if any(cell.execution_count for cell in code_cells(notebook)):  # else no kernel started
+            save(notebook, output)
     # utils_before is empty where there was no utils.py: the helper cell has written it.
     if utils_before and utils_content() != utils_before:
         results.unlink(missing_ok=True)  # so that no one publishes it
@@ -605,7 +606,8 @@ def results_faults(results: dict[str, Any]) -> list[str]:
 def output_faults(notebook: NotebookNode) -> list[str]:
     """What is wrong with the outputs of an executed notebook; cells by their number in Jupyter."""
     faults = []
-    counts = [cell.execution_count for cell in code_cells(notebook)]
+    # No kernel executes an empty cell.
+    counts = [cell.execution_count for cell in code_cells(notebook) if cell.source.strip()]
     if counts != list(range(1, len(counts) + 1)):
         faults.append("the cells were not executed once each, in order")
     for cell in code_cells(notebook):

@@ -354,7 +354,8 @@ def with_record(records: list[dict[str, Any]], new: dict[str, Any]) -> list[dict
 def measured_starters(
     records: list[dict[str, Any]], data: utils.DigitData
 ) -> dict[Kind, dict[str, Any]]:
-    """The starter's results on these test images that were measured, by kind."""
+    """By kind: the starter's stored results with measured seconds, not extrapolated ones, that were
+    judged by as many test images as `data` has."""
     found = {}
     for record in records:
         starter = record["data"].get(data.name, {}).get("starter", {})
