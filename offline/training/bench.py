@@ -82,7 +82,9 @@ class ShortRecipe:
 
 SHORT = {
     "MNIST": ShortRecipe(),
-    "SVHN": ShortRecipe(side=24, grow=True, warp=(5, 0.05, 0.05, 0.05)),
+    "SVHN": ShortRecipe(
+        side=24, grow=True, warp=(5, 0.05, 0.05, 0.05), muon_lr=0.06, momentum=0.7, lr=3e-2
+    ),
 }
 
 
