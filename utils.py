@@ -2360,7 +2360,8 @@ def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None
     pdf = Path(pdf) if pdf else path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
-    print(*exporter.notices, sep="\n")
+    for text in exporter.notices:
+        print(text)
     write_atomically(pdf, lambda temporary: temporary.write_bytes(content))
     state = "as it is open" if found else "as last saved"
     print(f"PDF of {path.name} {state}: {pdf.resolve()}")
