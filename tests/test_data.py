@@ -207,6 +207,7 @@ def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_downloads(small_sv
 
 def test_a_tiny_run_of_the_lone_notebook_takes_real_data(small_svhn, monkeypatch, tmp_path):
     monkeypatch.setenv("A3_PROFILE", "tiny")
+    monkeypatch.setenv("A3_DATA", "auto")
     monkeypatch.setattr(utils, "OFFLINE", tmp_path / "not there")
     as_parquet(utils.data_root() / "svhn" / "train-0.parquet", small_svhn[0])
     as_parquet(utils.data_root() / "svhn" / "test-0.parquet", small_svhn[1])

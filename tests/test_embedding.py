@@ -176,6 +176,8 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
         orders += [x_marks, y_marks]
     for number, order in enumerate(orders):
         assert all((order == other).sum() < 15 for other in orders[:number])
+    other_seed = nb.TripletLoader(digits, street, nb.BASELINE, replace(plan, seed=2)).epoch(0)
+    assert not torch.equal(next(other_seed)[2], batches[0][2])
     few = next(nb.TripletLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
     assert len(few[3]) == 90
 
@@ -189,6 +191,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"variant": variant}
+    assert bool(len(model.prepare)) == (name == "small images")
     expected = nb.TripletLoader(data.handwritten, data.street, variant.recipe, plan).epoch(0)
     assert torch.equal(next(batches(0))[0], next(expected)[0])
     held_out = nb.Embedded(utils.predict(model, data.held_out), data.held_out.labels)
