@@ -173,6 +173,7 @@ def test_values_of_all_kinds_have_keys_of_their_own():
 def test_the_order_of_a_dict_counts_that_of_a_set_and_the_memory_layout_do_not():
     key = utils.fingerprint
     assert key({"a": 1, "b": 2}) != key({"b": 2, "a": 1})
+    assert key({"x", "yy", "z"}) == key({"z", "x", "yy"})
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)  # their hashes collide
     assert key(one) == key(other)

@@ -43,13 +43,6 @@ def claim_sentences(notebook):
     return sentences
 
 
-def captions(notebook):
-    """The captions of all figures and tables, in order."""
-    outputs = [output for cell in tool.code_cells(notebook) for output in cell.outputs]
-    found = [output.get("metadata", {}).get("caption", "") for output in outputs]
-    return [caption for caption in found if caption]
-
-
 def cited(notebook):
     """Every "Figure 3" and "Table 2" of the text; "Figures 3 and 5" are two."""
     text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -118,14 +111,13 @@ def test_every_claim_stands_in_bold_and_every_bold_sentence_is_a_claim(committed
 
 
 def test_figures_and_tables_are_in_order_and_cited_and_every_figure_is_saved(committed):
-    names = [caption.partition(". ")[0] for caption in captions(committed)]
+    names = [caption.partition(". ")[0] for caption in tool.captions(committed)]
     figures = [name for name in names if name.startswith("Figure")]
     tables = [name for name in names if name.startswith("Table")]
     assert figures == [f"Figure {n + 1}" for n in range(len(figures))]
     assert tables == [f"Table {n + 1}" for n in range(len(tables))]
     assert set(names) == cited(committed)
-    files = [path for path in (ROOT / "figures").iterdir() if path.suffix in {".svg", ".png"}]
-    assert len(files) == len(figures) > 5
+    assert len(tool.image_files(ROOT / "figures")) == len(figures) > 5
 
 
 def evaluated_claims(notebook, results):
@@ -242,7 +234,7 @@ def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
     assert tool.answers_table(done)
     runs = folder / "drive" / "assignment3" / "runs"
     assert list(runs.rglob("*.pt"))
-    figures = [caption for caption in captions(done) if caption.startswith("Figure")]
+    figures = [caption for caption in tool.captions(done) if caption.startswith("Figure")]
     files = [path for path in (runs / "figures").iterdir() if path.suffix != ".json"]
     assert len(files) == len(figures)
     results = json.loads((runs / "figures" / "results.json").read_text(encoding="utf-8"))

@@ -479,7 +479,8 @@ def publish(executed: Path) -> None:
     faults = output_faults(run)
     if not shows_duration(run, results):
         faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
-    if len(image_files(figures)) != count_figures(run):
+    shown = [caption for caption in captions(run) if caption.startswith("Figure ")]
+    if len(image_files(figures)) != len(shown):
         faults.append(f"{figures} has other figures than the notebook: delete it and run again")
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
@@ -505,11 +506,11 @@ def image_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in {".svg", ".png"}]
 
 
-def count_figures(notebook: NotebookNode) -> int:
-    """How many figures with a caption the notebook shows."""
+def captions(notebook: NotebookNode) -> list[str]:
+    """The captions of all figures and tables, in order."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    captions = [output.get("metadata", {}).get("caption", "") for output in outputs]
-    return len([caption for caption in captions if caption.startswith("Figure ")])
+    found = [output.get("metadata", {}).get("caption", "") for output in outputs]
+    return [caption for caption in found if caption]
 
 
 def shows_duration(run: NotebookNode, results: dict[str, Any]) -> bool:
