@@ -303,12 +303,9 @@ def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The file's sha256 as 64 hex digits, or '' where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
+    """The file's sha256 as 64 hex digits. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_failure(source: object, error: Exception) -> str:
@@ -390,10 +387,15 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
 
     Raises DataError that lists every failure.
     """
-    if file_sha256(path).startswith(sha256_prefix):
-        return path
-    # os.path.exists says no where Path.exists raises: in a folder that may not be searched.
-    failures = [f"{path}: a file with another sha256"] if os.path.exists(path) else []
+    failures = []
+    try:
+        if file_sha256(path).startswith(sha256_prefix):
+            return path
+        failures.append(f"{path}: a file with another sha256")
+    except FileNotFoundError:
+        pass  # it is downloaded
+    except OSError as error:
+        failures.append(describe_failure(path, error))
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
     wanted = f"{path} (sha256 {sha256_prefix}...)"
     hint = f"run again with an internet connection, or save the file as {wanted}"
@@ -548,7 +550,10 @@ def real_svhn(part: str) -> Split:
 
 
 def svhn_from_files(part: str, failures: list[str]) -> Split | None:
-    """SVHN from files in A3_DATA_ROOT; else None, and the reasons are added to `failures`."""
+    """SVHN from files in A3_DATA_ROOT; else None, and the reasons are added to `failures`.
+
+    Raises ImportError without the package that reads a file.
+    """
     root = data_root()
     patterns = [
         f"{part}_32x32.mat",
@@ -562,6 +567,8 @@ def svhn_from_files(part: str, failures: list[str]) -> Split | None:
             continue
         try:
             return read_svhn(part, files)
+        except ImportError:  # scipy or pyarrow: a download would need it, too
+            raise
         except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
     return None
@@ -590,7 +597,7 @@ def download_svhn(part: str, failures: list[str]) -> Path:
 # Stand-ins, and which data a run takes
 
 
-def require_offline(what: str) -> None:
+def require_offline_folder(what: str) -> None:
     """Raise DataError where the folder offline/ is missing, as it is beside a lone notebook."""
     if not OFFLINE.is_dir():
         raise DataError(f"{what} needs the whole project, with its folder offline/.")
@@ -598,7 +605,7 @@ def require_offline(what: str) -> None:
 
 def mnist_stand_in() -> DigitData:
     """The stand-in for MNIST, in its format. Raises DataError without the folder offline/."""
-    require_offline("The stand-in for MNIST")
+    require_offline_folder("The stand-in for MNIST")
     from offline import small_digits
 
     train, test = small_digits.load_small_digits()
@@ -607,7 +614,7 @@ def mnist_stand_in() -> DigitData:
 
 def svhn_stand_in() -> DigitData:
     """The stand-in for SVHN, in its format. Raises DataError without the folder offline/."""
-    require_offline("The stand-in for SVHN")
+    require_offline_folder("The stand-in for SVHN")
     from offline import street_numbers
 
     sizes = TINY_SIZES if setting("A3_PROFILE") == "tiny" else RENDERED_SIZES
@@ -811,7 +818,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
     Raises DataError without the folder offline/, FileNotFoundError without its weights, ImportError
     without pytorch-pretrained-biggan.
     """
-    require_offline("The digit BigGAN")
+    require_offline_folder("The digit BigGAN")
     from offline import digit_biggan
 
     model = digit_biggan.load_digit_biggan(device).requires_grad_(False)
@@ -862,7 +869,7 @@ def best_generator(
 # ---- Training ----
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
+def seed_of_epoch(seed: int, epoch: int) -> int:
     """A seed for each (seed, epoch)."""
     mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return int.from_bytes(mixed[:7], "big")  # seven bytes fit into a signed 64-bit number
@@ -870,7 +877,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """A random stream for each (seed, epoch): a resumed run sees the same batches."""
-    return torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    return torch.Generator().manual_seed(seed_of_epoch(seed, epoch))
 
 
 def seed_torch(seed: int) -> None:
@@ -1016,11 +1023,11 @@ class Checkpointer:
 
     def load(self) -> History:
         """The history so far, with the state put back; empty where there is no usable file."""
-        if not self.path.exists():
-            return []
         beginning = self.to_bytes([])  # as loading may fail half way
         try:
             return self.restore(self.path.read_bytes())
+        except FileNotFoundError:
+            return []
         except Exception as error:
             kind = type(error).__name__
             notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
@@ -1058,7 +1065,7 @@ def fit(
 
     Raises FloatingPointError when the loss is not finite.
     """
-    helpers = [new_training, seed_torch, epoch_seed]  # what `fit` calls that decides numbers
+    helpers = [new_training, seed_torch, seed_of_epoch]  # what `fit` calls that decides numbers
     key = fingerprint(train_epoch, model, batches, loss_fn, plan, helpers, setting("A3_PRECISION"))
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
@@ -1066,10 +1073,10 @@ def fit(
     history = checkpointer.load()
     if history:
         _run.stored.append(plan.name)
-        count_epochs(len(history))
+        report_epochs(len(history))
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
-        seed_torch(epoch_seed(plan.seed, epoch))  # for dropout: so resuming is exact
+        seed_torch(seed_of_epoch(plan.seed, epoch))  # for dropout: so resuming is exact
         means = train_epoch(training, batches(epoch), loss_fn)
         require_finite(means["loss"], plan, epoch)
         metrics = {f"train_{name}": value for name, value in means.items()}
@@ -1080,7 +1087,7 @@ def fit(
         seconds = time.perf_counter() - started
         history.append({"epoch": epoch + 1, "seconds": seconds, **metrics})
         checkpointer.save_if_due(history, last=epoch + 1 == plan.epochs)
-        count_epochs(1)
+        report_epochs(1)
     model.eval()
     return history
 
@@ -1140,6 +1147,8 @@ def fingerprint(*parts: object) -> str:
             if isinstance(part, set | frozenset):  # has no order
                 inner.sort()
             content = b"".join(inner)
+        if is_ours(type(part).__module__):
+            content += digest(type(part))
         kind = type(part).__qualname__.encode()
         digests[id(part)] = hashlib.sha256(kind + b":" + content).digest()
         return digests[id(part)]
@@ -1189,6 +1198,8 @@ def content_of_device(part: torch.device) -> list:
 
 @content_of.register
 def content_of_array(part: np.ndarray | np.generic) -> list:
+    if part.dtype.hasobject:  # its bytes are addresses
+        return [part.dtype.str, part.shape, part.tolist()]
     return [part.dtype.str, part.shape, hashlib.sha256(part.tobytes()).digest()]
 
 
@@ -1334,6 +1345,8 @@ def closure_values(function: FunctionType) -> dict[str, object]:
 
 Result = TypeVar("Result")
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+CONTROL_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 MEMORY_OF_A_TRAINING = 1.5e9  # bytes of one process that trains, with the libraries
 # By default glibc gives freed memory back at once, and has to take it again. With these settings it
 # keeps the memory: a training that took 12.2 s takes 8.9 s.
@@ -1343,8 +1356,31 @@ WORKER_SETTINGS = {
     "MALLOC_TOP_PAD_": str(2**28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+FIRST_STAGE = "1 (b) recipes"  # its title; the notebook's first trainings
 # A run's time over that of its first stage, by profile; measured with two trainings at a time.
 RUN_PER_FIRST_STAGE = {"full": 37, "short": 25}
+
+
+def memory_limit() -> float:
+    """Bytes that this process's control group, such as a container, may use; else infinity."""
+    limits = [math.inf]
+    try:
+        groups = CONTROL_GROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    for line in groups:  # of version 2: 0::/docker/1f2a, of version 1: 4:memory:/docker/1f2a
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            folder, file = CONTROL_GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, file = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A container sees its own group as the top of the tree.
+        for path in (folder / group.lstrip("/") / file, folder / file):
+            with suppress(OSError, ValueError):  # no such file; "max"
+                limits.append(int(path.read_text(encoding="utf-8")))
+    return min(limits)
 
 
 @cache
@@ -1353,7 +1389,9 @@ def jobs_that_fit_in_memory() -> int:
 
     Later, idle workers hold some of it, which the next trainings take over.
     """
-    return int(psutil.virtual_memory().available / MEMORY_OF_A_TRAINING)
+    left_in_group = memory_limit() - psutil.Process().memory_info().rss
+    free = min(psutil.virtual_memory().available, left_in_group)
+    return int(free / MEMORY_OF_A_TRAINING)
 
 
 def n_jobs() -> int:
@@ -1376,7 +1414,7 @@ def n_jobs() -> int:
 _epochs_file: Path | None = None
 
 
-def count_epochs(count: int) -> None:
+def report_epochs(count: int) -> None:
     """Tell the bar of `run_parallel` that `count` more epochs are over; elsewhere do nothing."""
     if _epochs_file is None:
         return
@@ -1410,7 +1448,7 @@ def run_parallel(
                 results = {key: task() for key, task in prepared.items()}
             else:
                 results = run_in_processes(prepared, jobs)
-            stage.finish(len(tasks))
+            stage.record_end(len(tasks))
     return results
 
 
@@ -1503,7 +1541,7 @@ class StageDisplay:
         self.epochs_file = epochs_file
         self.stored_before = len(_run.stored)
         self.started = time.perf_counter()
-        self.text = f"{title}: stopped"  # the line that stays where `finish` is not reached
+        self.text = f"{title}: stopped"  # the line that stays where `record_end` is not reached
         self.ended = threading.Event()  # tells the thread
         self.thread = threading.Thread(target=self.follow, daemon=True)
 
@@ -1536,19 +1574,19 @@ class StageDisplay:
             with suppress(OSError):  # no epoch is over yet
                 self.bar.update(self.epochs_file.stat().st_size - self.bar.n)
 
-    def finish(self, trainings: int) -> None:
+    def record_end(self, trainings: int) -> None:
         """The stage has its results: keep its time, and compose the line that stays.
 
-        The first stage of a run also tells how long the run takes.
+        FIRST_STAGE also tells how long the run takes.
         """
         seconds = time.perf_counter() - self.started
         stored = len(_run.stored) - self.stored_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
         self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
         if stored:
-            self.text += f", {stored} of them stored: delete the .pt files in {runs_folder()} "
-            self.text += "to train again"
-        elif not _run.stage_seconds:
+            self.text += f", {stored} of them stored, whole or in part: delete the .pt files in "
+            self.text += f"{runs_folder()} to train again"
+        elif self.title == FIRST_STAGE:
             announce_time(seconds)
         _run.stage_seconds[self.title] = seconds
 
@@ -1905,15 +1943,16 @@ class TypstPDFExporter(HTMLExporter):
     def note_claims(self, number: int, claims: dict[str, bool]) -> None:
         """Name the claims that do not hold, and the cells whose text makes them."""
         failed = [sentence for sentence, holds in claims.items() if not holds]
-        summary = f"{len(failed)} of {len(claims)} claims do not hold"
         for sentence in failed:
             places = [
-                str(place)
+                place
                 for place, cell in enumerate(self.nb.cells, 1)
                 if contains_sentence(cell, sentence)
             ]
-            where = f" (in cell {', '.join(places)})" if places else ""
-            self.note(number, f"{summary}: {sentence}{where}")
+            for place in places or [number]:
+                self.note(place, f"does not hold in this run: {sentence}")
+        if failed:
+            self.note(number, f"{len(failed)} of {len(claims)} claims do not hold")
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:

@@ -104,9 +104,11 @@ def test_augment_applies_what_the_recipe_says_and_nothing_else(nb):
 
 
 def test_the_baseline_is_the_suggestion_and_nothing_else_is_on(nb):
-    suggested = nb.Recipe(lr=1e-3, schedule="constant", weight_decay=0.0, batch_size=128)
+    network = {"channels": 64}
+    optimizer = {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.0, "batch_size": 128}
+    suggested = nb.Recipe(**network, **optimizer)
     assert next(iter(nb.RECIPES.values())) == suggested
-    assert not any(list(vars(suggested).values())[4:])
+    assert not any(list(vars(suggested).values())[5:])
 
 
 def test_images_are_cropped_resampled_and_standardized_alike_in_training_and_in_use(nb):

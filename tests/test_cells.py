@@ -101,7 +101,7 @@ def tasks():
 LAST_RECIPE = dict.fromkeys(CHOSEN, "house numbers")
 BEST = {  # of what is tried, the last: the name in the notebook, and what it must hold
     "(b) recipes": ("chosen", LAST_RECIPE),
-    "(c) sharing": ("best_sharing", "per domain, passes over SVHN"),
+    "(c) sharing": ("best_sharing", "per domain"),
     "(d) recipes": ("small_chosen", LAST_RECIPE),
 }
 
@@ -153,8 +153,6 @@ def test_results_of_b_are_of_test_images(nb, tables, tasks):
     for role in tasks:
         assert result[role]["test_acc"] == found[role, "selected"]
         assert result[role]["suggested_test_acc"] == found[role, "baseline"]
-    across = {"MNIST model on SVHN": 96, "SVHN model on MNIST": 94}
-    assert result["across"] == pytest.approx(across)
 
 
 def test_results_of_c_are_each_heads_and_those_of_single_models_after_as_many_images(
@@ -175,7 +173,7 @@ def test_results_of_c_are_each_heads_and_those_of_single_models_after_as_many_im
     given["single"] = {(role, "baseline", 0): (None, history) for role in tasks}
     # 4 epochs of 2 batches show 512 images of each set: of 200 and of 250.
     given |= {"EPOCHS": 4, "BASELINE_STEPS": 2}
-    given |= {"sharing_acc": {}, "batch_norm": "mixed", "SEEDS": [0, 1]}
+    given |= {"sharing_acc": {}, "best_sharing": "mixed", "SEEDS": [0, 1]}
     names = run_cell(nb, "# @title Results of (c)", **given)
     result = names["results"]["multi_task"]
     assert result["handwritten"]["per_seed"] == pytest.approx([96, 98])
@@ -198,7 +196,7 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
         small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
     given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": {}}
     given["SMALL_SETTINGS"] = {"baseline": setting, "selected": setting}
-    given["STEPS_OF"] = {"baseline": 1, "per domain, longer": 5}
+    given["STEPS_OF"] = {"baseline": 1}
     names = run_cell(nb, "# @title Results of (d)", **given)
     found = names["small_acc"]
     stored = names["results"]["few_samples"]["test_acc"]["baseline"]["two heads"]
@@ -244,20 +242,12 @@ def test_the_reverse_way_asks_with_svhn_images(nb):
     def top1_of_draws(queries, pool):
         return {"100": [queries, pool], "all": [queries, pool]}
 
-    def top1(queries, gallery):
-        return queries, gallery
-
-    def class_means(pool):
-        return f"means of {pool}"
-
-    names = vars(nb) | {"top1_of_draws": top1_of_draws, "top1": top1}
+    names = vars(nb) | {"top1_of_draws": top1_of_draws}
     exec(ast.unparse(ast.Module(functions, [])), names)
-    names["class_means"] = class_means
     sets = [f"{name} {part}" for name in ("mnist", "svhn") for part in ("test", "pool")]
     assert names["score"]({name: name for name in sets}) == {
         "100": ["mnist test", "svhn pool"],
         "all": ["mnist test", "svhn pool"],
-        "class means": [("mnist test", "means of svhn pool")],
         "reverse": ["svhn test", "mnist pool"],
     }
 
@@ -276,9 +266,9 @@ def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
 
 
 def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
-    gan = replace(DRAWS, classes=["MNIST 4", "MNIST 5", "MNIST 9", "SVHN 5", "SVHN 6"])
+    gan = replace(DRAWS, classes=["MNIST 4", "MNIST 5", "MNIST 9", "SVHN 2", "SVHN 5", "SVHN 6"])
     names = run_cell(nb, 'one_class[f"{ONE_CLASS}, {method.__name__}"]', gan=gan)
-    start, end = nb.truncated_noise(2, 3, names["TRUNCATION"], seed=13)
+    start, end = nb.truncated_noise(2, 3, names["TRUNCATION"], names["ONE_SEED"])
     for method in (nb.slerp, nb.lerp):
         strip = names["one_class"][f"{names['ONE_CLASS']}, {method.__name__}"][:, :, 0, 0]
         assert_close(strip, names["TRUNCATION"] * nb.interpolate(start, end, method))

@@ -48,6 +48,12 @@ class Net(nn.Module):
     def forward(self, x):
         return self.scale * self.layers(x)
 
+class Bounds(tuple):
+    def width(self):
+        return self[1] - self[0]
+
+BOUNDS = Bounds((0.0, 1.0))
+
 class Source:
     def __getitem__(self, number):
         return number
@@ -75,6 +81,7 @@ first, second = lambda x: x + 1, lambda x: x + 2
 chosen = first
 
 def add_noise(images, generator):
+    images = images * BOUNDS.width()
     return images + SHIFT * scale(torch.randn(images.shape, generator=generator))
 
 def power(x, exponent=EXPONENT):
@@ -126,6 +133,7 @@ def student_key(folder, text):
         ("times(3.0)", "times(4.0)"),  # a value that a function encloses
         ("chosen = first", "chosen = second"),  # another lambda of the same line
         ("return images + 0", "return images - 0"),  # an inherited method
+        ("self[1] - self[0]", "self[0] - self[1]"),  # a method of a tuple's own class
         ("return number", "return -number"),  # a special method
         ("[1, 2]", "[1, 3]"),  # what makes a default value
         ("torch.nn.functional import", "torchvision.transforms.functional import"),  # a namesake
@@ -168,6 +176,14 @@ def test_values_of_all_kinds_have_keys_of_their_own():
     keys = [utils.fingerprint(value) for value in values]
     assert len(set(keys)) == len(values)
     assert keys == [utils.fingerprint(value) for value in values]
+
+
+def test_objects_of_an_array_count_by_their_values():
+    def key(number):
+        return utils.fingerprint(np.array([[number], None], dtype=object))
+
+    assert key(1000) == key(1000)
+    assert key(1000) != key(1001)
 
 
 def test_the_order_of_a_dict_counts_that_of_a_set_and_the_memory_layout_do_not():

@@ -223,3 +223,16 @@ def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch)
     assert same(data.train, small_svhn[0].first(7))
     assert same(data.test, small_svhn[1].first(3))
     assert describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
+
+
+def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_path):
+    def missing(*_, **__):
+        raise ImportError("Missing optional dependency 'pyarrow'.")
+
+    monkeypatch.setenv("A3_DATA_ROOT", str(tmp_path))
+    (tmp_path / "svhn").mkdir()
+    (tmp_path / "svhn" / "test-0.parquet").write_bytes(b"some bytes")
+    monkeypatch.setattr(utils.pd, "read_parquet", missing)
+    monkeypatch.setattr(utils, "fetch_first", lambda *_: pytest.fail("a download"))
+    with pytest.raises(ImportError, match="pyarrow"):
+        utils.real_svhn("test")

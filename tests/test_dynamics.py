@@ -46,14 +46,6 @@ def test_simultaneous_formulas(nb):
     assert sp.expand(exponent - (a / 2 - a**3 / 4)) == 0
 
 
-def test_alternating_formulas(nb):
-    matrix = exact(nb.alternating_matrix(a))
-    ellipse = sp.Matrix([[1, a / 2], [a / 2, 1]])  # d^2 + g^2 + alpha d g
-    assert same(matrix.T * ellipse * matrix, ellipse)
-    assert (sp.expand(matrix.det()), sp.expand(matrix.trace())) == (1, 2 - a**2)
-    assert sp.solveset(ellipse.det() > 0, a, sp.Interval.open(0, sp.oo)) == sp.Interval.open(0, 2)
-
-
 # ---- the notebook's functions ----
 
 
@@ -75,22 +67,6 @@ def test_a_step_is_the_matrix_and_alone_d_raises_the_value_and_g_lowers_it(nb, a
     new_d, new_g = nb.simultaneous_step(torch.tensor([d, g], dtype=torch.float64), alpha).tolist()
     assert [new_d, new_g] == pytest.approx(list(nb.update_matrix(alpha) @ (d, g)), rel=1e-12)
     assert new_d * g > d * g > d * new_g
-
-
-@pytest.mark.parametrize("alpha", LEARNING_RATES)
-def test_in_turn_g_answers_the_new_d(nb, alpha):
-    d, g = 2.0, 3.5
-    new_d = d + alpha * g
-    expected = [new_d, g - alpha * new_d]
-    np.testing.assert_allclose(nb.alternating_matrix(alpha) @ (d, g), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("alpha", LEARNING_RATES)
-def test_the_eigenvalues_of_players_who_move_in_turn_leave_the_unit_circle_beyond_two(nb, alpha):
-    modulus = np.abs(np.linalg.eigvals(nb.alternating_matrix(alpha))).max()
-    beyond = (alpha + math.sqrt(max(alpha**2 - 4, 0))) ** 2 / 4
-    # Next to a double eigenvalue (a Jordan block) eigvals keeps half of the digits only.
-    np.testing.assert_allclose(modulus, 1 if alpha <= 2 else beyond, rtol=1e-6)
 
 
 def text_of_notebook():

@@ -68,7 +68,7 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
     assert active.item() == pytest.approx(np.mean([(side > 0).double().mean() for side in sides]))
 
 
-@pytest.mark.parametrize("name", ["one-cycle", "wide margin"])
+@pytest.mark.parametrize("name", ["one-cycle", "refined"])
 def test_a_variant_decides_negatives_and_margin(nb, name):
     class Identity(nn.Module):
         embed_images = embed_features = staticmethod(lambda z: z)
@@ -81,7 +81,7 @@ def test_a_variant_decides_negatives_and_margin(nb, name):
     batch = x.z, x.labels, y.z, y.labels
     loss, _ = nb.embedding_loss(Identity(), batch, variant)
     assert torch.equal(loss, expected)
-    assert variant.margin == (1.0 if name == "wide margin" else 0.2)
+    assert variant.margin == (1.0 if name == "refined" else 0.2)
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])
@@ -182,7 +182,7 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
     assert len(few[3]) == 90
 
 
-@pytest.mark.parametrize("name", ["suggested", "small images"])
+@pytest.mark.parametrize("name", ["suggested", "refined"])
 def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, monkeypatch, name):
     handed = []
     monkeypatch.setattr(utils, "fit", lambda *arguments: handed.extend(arguments))
@@ -191,7 +191,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"variant": variant}
-    assert bool(len(model.prepare)) == (name == "small images")
+    assert bool(len(model.prepare)) == (name == "refined")
     expected = nb.TripletLoader(data.handwritten, data.street, variant.recipe, plan).epoch(0)
     assert torch.equal(next(batches(0))[0], next(expected)[0])
     held_out = nb.Embedded(utils.predict(model, data.held_out), data.held_out.labels)

@@ -1,11 +1,13 @@
 """Trainings side by side: the same numbers, named errors, one line."""
 
+import math
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -16,9 +18,9 @@ from small_training import train, train_and_name_process
 import utils
 
 
-def run(tasks, monkeypatch, jobs):
+def run(tasks, monkeypatch, jobs, title="stage"):
     monkeypatch.setenv("A3_JOBS", str(jobs))
-    return utils.run_parallel(tasks, title="stage", epochs=3)
+    return utils.run_parallel(tasks, title=title, epochs=3)
 
 
 @pytest.mark.slow
@@ -74,6 +76,7 @@ import os, sys
 from functools import partial
 sys.path[:0] = [{str(Path(utils.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
 import small_training, utils
+utils.FIRST_STAGE = 'stage'
 utils.RUN_PER_FIRST_STAGE['tiny'] = 9
 def loss(model, batch):
     return small_training.loss_fn(model, batch)
@@ -101,7 +104,7 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
         lines.append(output.data["text/plain"])
     first, trained, stored, changed = lines
     assert "The whole run takes about " in first
-    assert "2 of them stored: delete the .pt files in" in stored
+    assert "2 of them stored, whole or in part: delete the .pt files in" in stored
     for line in (trained, changed):
         assert line.startswith("stage: 2 trainings in ")
         assert "stored" not in line
@@ -111,13 +114,15 @@ def test_the_first_stage_tells_the_time_of_the_run_unless_its_trainings_were_sto
     monkeypatch, capsys
 ):
     monkeypatch.setitem(utils.RUN_PER_FIRST_STAGE, "tiny", 300)
+    monkeypatch.setattr(utils, "FIRST_STAGE", "first")
     told = []
     for _ in range(2):  # the second run finds what the first one stored
         utils.start_run("tiny", "noise")
-        for name in ("first", "second"):
-            run({name: partial(train, name=name, epochs=1)}, monkeypatch, jobs=1)
-        told.append(capsys.readouterr().out.count("The whole run takes about"))
-    assert told == [1, 0]
+        for title in ("another", "first", "second"):
+            tasks = {title: partial(train, name=title, epochs=1)}
+            run(tasks, monkeypatch, jobs=1, title=title)
+            told.append(capsys.readouterr().out.count("The whole run takes about"))
+    assert told == [0, 1, 0, 0, 0, 0]
     utils.announce_time(2.0)
     assert "The whole run takes about 10 minutes on this machine." in capsys.readouterr().out
 
@@ -135,6 +140,37 @@ def test_no_more_trainings_than_memory_holds_run_at_a_time(monkeypatch):
     assert utils.n_jobs() == 3
     monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda: 0)
     assert utils.n_jobs() == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/docker/1f2a", "memory.max"),  # as in the container
+        ("0::/docker/1f2a", "docker/1f2a/memory.max"),  # as on its host
+        ("4:cpu:/\n3:memory:/a3", "memory/a3/memory.limit_in_bytes"),  # version 1
+    ],
+)
+def test_the_memory_limit_of_a_container_is_found(groups, file, monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(utils, "CONTROL_GROUPS_OF_PROCESS", tmp_path / "groups")
+    assert utils.memory_limit() == math.inf
+    (tmp_path / "groups").write_text(groups, encoding="utf-8")
+    assert utils.memory_limit() == math.inf
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for content, limit in (("max\n", math.inf), ("6000000000\n", 6e9)):
+        path.write_text(content, encoding="utf-8")
+        assert utils.memory_limit() == limit
+
+
+@pytest.mark.parametrize(("limit", "jobs"), [(math.inf, 8), (6e9, 2)])
+def test_trainings_fit_into_what_machine_and_container_leave(limit, jobs, monkeypatch):
+    machine = SimpleNamespace(available=8 * utils.MEMORY_OF_A_TRAINING)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=2e9))
+    monkeypatch.setattr(utils, "memory_limit", lambda: limit)
+    monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(utils.psutil, "Process", lambda: process)
+    assert utils.jobs_that_fit_in_memory.__wrapped__() == jobs
 
 
 def test_a_temporary_folder_that_vanished_costs_the_bar_alone(tmp_path):
