@@ -189,7 +189,7 @@ SIZES = {  # of the real sets, not cut short
 TINY_SIZES = {"train": 512, "test": 256}  # at most, of each data set in the tiny profile
 RENDERED_SIZES = {"train": 24_000, "test": 5_000}  # of the stand-in for SVHN
 RENDERED_SEEDS = {"train": 1, "test": 2}
-SHA256 = {  # the first 8 of 64 hex digits
+SHA256_PREFIXES = {  # the first 8 of 64 hex digits
     "train-images-idx3-ubyte.gz": "440fcabf",
     "train-labels-idx1-ubyte.gz": "3552534a",
     "t10k-images-idx3-ubyte.gz": "8d422c7b",
@@ -243,7 +243,7 @@ class Split:
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
         """The images at `indices`, in that order. ValueError unless all are 0 to N - 1."""
         index = np.asarray(indices)
-        whole_numbers = np.issubdtype(index.dtype, np.integer)
+        whole_numbers = index.size > 0 and np.issubdtype(index.dtype, np.integer)
         if not whole_numbers or index.min() < 0 or index.max() >= len(self):
             raise ValueError(f"indices must be whole numbers from 0 to {len(self) - 1}")
         return Split(self.images[index], self.labels[index])
@@ -474,7 +474,9 @@ def real_mnist(part: str) -> Split:
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
-        contents.append(read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256[name])))
+        contents.append(
+            read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256_PREFIXES[name]))
+        )
     images, labels = contents
     return Split(images.view(-1, 1, 28, 28), labels.long())
 
@@ -513,24 +515,31 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
     """A part of SVHN from its official .mat file or the mirror's parquet files.
 
     A part may be cut short: the committed run's test file holds the first 6,000 images. Raises
-    DataError for a .mat with another checksum, for more images than SVHN has, for a training set
-    without some digit, and for one of full length whose counts of digits are not SVHN's.
+    DataError for a .mat with another checksum, and for images that cannot be SVHN's.
     """
     digests = [file_sha256(file) for file in files]  # the cache's key, too
     if files[0].suffix == ".parquet":
         split = load_cached(f"svhn-{part}", lambda: decode_parquet(files), *digests)
-    elif digests[0].startswith(SHA256[files[0].name]):
+    elif digests[0].startswith(SHA256_PREFIXES[files[0].name]):
         split = load_cached(f"svhn-{part}", lambda: decode_mat(files[0]), *digests)
     else:
         raise DataError("this is not the official file; its checksum differs")
-    counts = split.counts()
-    whole = SIZES["SVHN"][part]
-    too_many = len(split) > whole
-    digit_missing = part == "train" and 0 in counts
-    other_counts = part == "train" and len(split) == whole and counts != SVHN_COUNTS
-    if too_many or digit_missing or other_counts:
-        raise DataError(f"the counts of the digits 0 to 9 are not those of SVHN: {counts}")
+    require_svhn(part, split)
     return split
+
+
+def require_svhn(part: str, split: Split) -> None:
+    """Raise DataError where a part, whole or cut short, cannot be SVHN's."""
+    whole = SIZES["SVHN"][part]
+    if len(split) > whole:
+        raise DataError(f"there are {len(split):,} images; SVHN has {whole:,}")
+    if part == "test":
+        return
+    counts = split.counts()
+    if 0 in counts:
+        raise DataError(f"a digit is missing; the counts of 0 to 9 are {counts}")
+    if len(split) == whole and counts != SVHN_COUNTS:
+        raise DataError(f"the counts of the digits 0 to 9 are not those of SVHN: {counts}")
 
 
 def real_svhn(part: str) -> Split:
@@ -538,8 +547,7 @@ def real_svhn(part: str) -> Split:
 
     Raises DataError: what was tried, or what is wrong with the file that came.
     """
-    failures: list[str] = []
-    split = svhn_from_files(part, failures)
+    split, failures = svhn_from_files(part)
     if split is not None:
         return split
     path = download_svhn(part, failures)
@@ -549,11 +557,12 @@ def real_svhn(part: str) -> Split:
         raise DataError(describe_failure(path, error)) from error
 
 
-def svhn_from_files(part: str, failures: list[str]) -> Split | None:
-    """SVHN from files in A3_DATA_ROOT; else None, and the reasons are added to `failures`.
+def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
+    """SVHN from files in A3_DATA_ROOT, or None, and what is wrong with those that cannot be used.
 
     Raises ImportError without the package that reads a file.
     """
+    failures = []
     root = data_root()
     patterns = [
         f"{part}_32x32.mat",
@@ -566,23 +575,24 @@ def svhn_from_files(part: str, failures: list[str]) -> Split | None:
             failures.append(f"{root / pattern}: no such file")
             continue
         try:
-            return read_svhn(part, files)
+            return read_svhn(part, files), failures
         except ImportError:  # scipy or pyarrow: a download would need it, too
             raise
         except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
-    return None
+    return None, failures
 
 
-def download_svhn(part: str, failures: list[str]) -> Path:
+def download_svhn(part: str, earlier_failures: list[str]) -> Path:
     """The file of SVHN that could be downloaded: the official one, else the mirror's.
 
-    Raises DataError that lists `failures` and its own.
+    Raises DataError that lists all failures, the earlier ones first.
     """
+    failures = list(earlier_failures)
     root = data_root()
     mat = f"{part}_32x32.mat"
     url = f"{SVHN_URL}/{mat}"
-    sources = [(url, partial(download, url, root / mat, SHA256[mat]))]
+    sources = [(url, partial(download, url, root / mat, SHA256_PREFIXES[mat]))]
     parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
     try:
         sources.append(hub_source(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset"))
@@ -684,7 +694,7 @@ MIN_G_ACCURACY = 90.0  # percent of 1,000 training images; weights below it are 
 BIGGAN_256_URL = (
     "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"
 )
-BIGGAN_256_SHA256 = "5900ef4065047e3a"  # the first 16 of 64 hex digits
+BIGGAN_256_SHA256_PREFIX = "5900ef4065047e3a"  # the first 16 of 64 hex digits
 BIGGAN_128_MIRROR = "osanseviero/BigGAN-deep-128"  # on the Hugging Face hub
 
 
@@ -798,7 +808,9 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
         # whether it doubles the size, and its channels in and out, in units of 128.
         added = [(True, 8, 8), (False, 8, 8)]
         config.layers = config.layers[:5] + added + config.layers[5:]
-        path = download_once([BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256)
+        path = download_once(
+            [BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256_PREFIX
+        )
     else:
         path = data_root() / name / "pytorch_model.bin"
         if not path.exists():  # the hub's client gives only a whole file this name
@@ -827,6 +839,17 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
     return ImageGenerator(model, "biggan-digits-32", title, classes, digit_biggan.Z_DIM, 32)
 
 
+def load_digit_classifier(device: torch.device) -> nn.Module:
+    """The classifier that judges the digit BigGAN's images, in eval mode: 20 classes of both sets.
+
+    Raises as `load_digit_generator`.
+    """
+    require_offline_folder("The classifier of generated digits")
+    from offline import digit_biggan
+
+    return digit_biggan.load_evaluation_classifier(device)
+
+
 def load_generator(name: str, device: torch.device) -> ImageGenerator:
     """The generator of that name: 'digits', 'biggan-deep-256' or 'biggan-deep-128'.
 
@@ -842,11 +865,11 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The best generator that can be had, and why no better one is used.
+    """The generator of that name, or with 'auto' the best one that can be had, and why no better.
 
-    The reason is "" for the best of all, and for one that was asked for by its name.
     'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
-    offline/, and gives None if all fail. Any other name is loaded, or raises as `load_generator`.
+    offline/, and gives None if all fail. The reason is "" where nothing failed. Raises what
+    `load_generator` raises for a name.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -1125,6 +1148,9 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # not count, as they change from one machine to the next.
 
 
+CYCLE = b"a cycle"  # what a part that contains itself has in its own place
+
+
 def fingerprint(*parts: object) -> str:
     """16 hex digits of all that decides what `parts` do: values, code, and what the code uses.
 
@@ -1140,17 +1166,19 @@ def fingerprint(*parts: object) -> str:
         if id(part) in digests:
             return digests[id(part)]
         alive.append(part)
-        digests[id(part)] = b"a cycle"  # what a part that contains itself finds in its place
+        digests[id(part)] = CYCLE
+        kind = type(part)
+        pieces = [kind.__qualname__.encode(), b":"]
+        if is_ours(kind.__module__):
+            pieces.append(digest(kind))
         content = content_of(part)
-        if isinstance(content, list):  # of further parts
-            inner = [digest(item) for item in content]
-            if isinstance(part, set | frozenset):  # has no order
-                inner.sort()
-            content = b"".join(inner)
-        if is_ours(type(part).__module__):
-            content += digest(type(part))
-        kind = type(part).__qualname__.encode()
-        digests[id(part)] = hashlib.sha256(kind + b":" + content).digest()
+        if isinstance(content, bytes):
+            pieces.append(content)
+        elif isinstance(part, set | frozenset):  # has no order
+            pieces += sorted(digest(item) for item in content)
+        else:
+            pieces += [digest(item) for item in content]
+        digests[id(part)] = hashlib.sha256(b"".join(pieces)).digest()
         return digests[id(part)]
 
     return digest(parts).hex()[:16]
@@ -1166,14 +1194,13 @@ def content_of(part: object) -> bytes | list:
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
     try:
-        recipe = part.__reduce_ex__(2)
+        reduced = part.__reduce_ex__(2)
     except Exception:  # a lock, a file, a stream: nothing that decides a number
         return []
-    # Either a global's name, or a function that rebuilds the part, its arguments, its state and its
-    # items. The items come as iterators.
-    if isinstance(recipe, str):
-        return [recipe]
-    return [list(field) if isinstance(field, Iterator) else field for field in recipe]
+    if isinstance(reduced, str):  # the name of a global
+        return [reduced]
+    # A function that rebuilds the part, its arguments, its state, and iterators over its items.
+    return [list(entry) if isinstance(entry, Iterator) else entry for entry in reduced]
 
 
 @content_of.register
@@ -1358,7 +1385,7 @@ WORKER_SETTINGS = {
 }
 FIRST_STAGE = "1 (b) recipes"  # its title; the notebook's first trainings
 # A run's time over that of its first stage, by profile; measured with two trainings at a time.
-RUN_PER_FIRST_STAGE = {"full": 37, "short": 25}
+RUN_TIME_IN_FIRST_STAGES = {"full": 37, "short": 25}
 
 
 def memory_limit() -> float:
@@ -1435,7 +1462,7 @@ def run_parallel(
     jobs = min(n_jobs(), len(tasks))
     with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder:
         epochs_file = Path(folder) / "epochs"
-        prepared = {}
+        prepared = {}  # what a process calls
         for key, task in tasks.items():
             prepared[key] = partial(run_task, task, task_name(key), epochs_file)
         with (
@@ -1445,7 +1472,7 @@ def run_parallel(
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             if jobs <= 1:
-                results = {key: task() for key, task in prepared.items()}
+                results = {key: call() for key, call in prepared.items()}
             else:
                 results = run_in_processes(prepared, jobs)
             stage.record_end(len(tasks))
@@ -1472,12 +1499,12 @@ def run_task(task: Callable[[], Result], name: str, epochs_file: Path) -> Result
         torch.set_num_threads(threads)
 
 
-def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
+def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
     """The results of prepared tasks, from `jobs` processes."""
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     # Where the settings changed, loky starts new workers.
     executor = get_reusable_executor(max_workers=jobs, env=WORKER_SETTINGS | settings)
-    waiting = list(tasks)
+    waiting = list(prepared)
     running: dict[Future, Hashable] = {}
     results = {}
     try:
@@ -1485,7 +1512,7 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
             # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(run_in_worker, tasks[key])] = key
+                running[executor.submit(result_and_stored_names, prepared[key])] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 result, stored = future.result()
@@ -1501,16 +1528,16 @@ def run_in_processes(tasks: dict[Hashable, partial], jobs: int) -> dict[Hashable
     except BaseException:
         executor.shutdown(wait=False, kill_workers=True)
         raise
-    return {key: results[key] for key in tasks}
+    return {key: results[key] for key in prepared}
 
 
-def run_in_worker(task: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """The task's result and the names of the stored trainings that it used.
+def result_and_stored_names(prepared: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """Of a prepared task, in a worker: its result and the stored trainings that it used.
 
-    Those stand in this process's own _run, which may still hold names of an earlier task.
+    Those stand in the worker's own _run, which may still hold names of an earlier task.
     """
     _run.stored.clear()
-    result = task()
+    result = prepared()
     return result, _run.stored
 
 
@@ -1593,9 +1620,9 @@ class StageDisplay:
 
 def announce_time(first_stage: float) -> None:
     """Tell how long the run takes, from the seconds of its first stage."""
-    if _run.profile not in RUN_PER_FIRST_STAGE:
+    if _run.profile not in RUN_TIME_IN_FIRST_STAGES:
         return
-    minutes = max(1, round(first_stage * RUN_PER_FIRST_STAGE[_run.profile] / 60))
+    minutes = max(1, round(first_stage * RUN_TIME_IN_FIRST_STAGES[_run.profile] / 60))
     text = f"The whole run takes about {counted(minutes, 'minute')} on this machine."
     if _run.first_line_handle:
         line = f"{_run.first_line} {text}"
@@ -2095,8 +2122,9 @@ class TypstPDFExporter(HTMLExporter):
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        # Typst checks the text before PDF/A: a problem that does not name PDF/A is in the text.
-        if content is None and "PDF/A" not in problem:
+        # Typst checks the text before PDF/A: a problem that does not name PDF/A is in the text. Its
+        # message is the first line; the text follows.
+        if content is None and "PDF/A" not in problem.partition("\n")[0]:
             self.repair(parts)
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
         if content is None:
@@ -2205,7 +2233,7 @@ def symbol_rules(characters: str) -> str:
 
 def with_new_names(typst: str) -> str:
     """Typst text with today's names of two symbols, for which pandoc writes older ones."""
-    parts = re.split(r'("[^"]*")', typst)  # every second one is quoted text, which stays
+    parts = re.split(r'("(?:[^"\\]|\\.)*")', typst)  # every second one is quoted text, which stays
     for number in range(0, len(parts), 2):
         renamed = re.sub(r"\bsect\b", "inter", parts[number])
         parts[number] = re.sub(r"\.circle\b", ".o", renamed)
@@ -2235,7 +2263,8 @@ def pandoc(text: str, from_format: str) -> str:
 
 def on_one_line(tex: str) -> str:
     """A formula without comments and line breaks."""
-    without_comments = re.sub(r"(?<!\\)%.*", "", tex)
+    # A percent sign after an odd number of backslashes is no comment: \\% is a line break's.
+    without_comments = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", tex)
     return " ".join(without_comments.split())
 
 
@@ -2340,9 +2369,14 @@ def assigned_values(source: str) -> dict[str, str]:
         else:
             continue
         with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
-            value = value_text(ast.literal_eval(statement.value))
+            value = ast.literal_eval(statement.value)
             for target in targets:
-                values[ast.unparse(target)] = value
+                if isinstance(target, ast.Tuple):  # NAME, STUDENT_NUMBER = "Ann", "1"
+                    names, items = target.elts, value
+                else:
+                    names, items = [target], [value]
+                for name, item in zip(names, items, strict=True):
+                    values[ast.unparse(name)] = value_text(item)
     return values
 
 

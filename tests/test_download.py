@@ -176,7 +176,7 @@ def test_each_file_of_mnist_is_fetched_once_and_a_damaged_one_replaced(server, m
         server.routes[f"/mnist/{part}-labels-idx1-ubyte.gz"] = labels
     for path, content in server.routes.items():
         name = path.removeprefix("/mnist/")
-        monkeypatch.setitem(utils.SHA256, name, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(utils.SHA256_PREFIXES, name, hashlib.sha256(content).hexdigest())
     raw = utils.data_root() / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
@@ -201,7 +201,7 @@ def test_svhn_comes_from_the_official_address_else_from_the_mirror_though_cut_on
 ):
     for official, mirror, split in zip(OFFICIAL, MIRROR, small_svhn, strict=True):
         mat = as_mat(tmp_path / "server" / official.split("/")[-1], split)
-        monkeypatch.setitem(utils.SHA256, mat.name, utils.file_sha256(mat))
+        monkeypatch.setitem(utils.SHA256_PREFIXES, mat.name, utils.file_sha256(mat))
         server.routes[official] = mat.read_bytes()
         server.routes[mirror] = as_parquet(tmp_path / "server" / "parquet", split).read_bytes()
     monkeypatch.setattr(utils, "SVHN_URL", f"{server.url}/official")

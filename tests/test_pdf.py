@@ -229,6 +229,30 @@ def test_a_name_with_a_type_hint_is_a_name():
     assert "Name: Ada" in export(md("a"), code(who, tags=("submission",))).text
 
 
+def test_names_assigned_together_are_names():
+    who = 'NAME, STUDENT_NUMBER = "Ada", "4000"'
+    assert "Name: Ada" in export(md("a"), code(who)).text
+
+
+def test_a_text_about_pdf_a_does_not_hide_a_broken_image():
+    pdf = export(md("PDF/A ![words](data:image/png;base64,AAAA)"), md("after"))
+    assert "PDF/A" in pdf.text and "after" in pdf.text
+    assert pdf.notices == ["cell 1: image words is not shown"]
+
+
+def test_a_comment_behind_a_line_break_is_no_part_of_a_formula():
+    text = r"""$$
+\begin{aligned} a &= 1 \\% secret
+b &= 2 \%  \end{aligned}
+$$"""
+    pdf = export(md(text))
+    assert "secret" not in pdf.text and "%" in pdf.text and not pdf.notices
+
+
+def test_an_escaped_quote_does_not_end_quoted_text():
+    assert utils.with_new_names(r'"a \" sect" sect') == r'"a \" sect" inter'
+
+
 def test_a_cell_with_an_impossible_dict_costs_nothing():
     assert "after" in export(code("d = {[1]: 2}"), code("1", stream("after"))).text
 

@@ -90,7 +90,7 @@ def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch
         path = utils.data_root() / "biggan-deep-256.bin"
         path.parent.mkdir(exist_ok=True)
         torch.save(state, path)
-        monkeypatch.setattr(utils, "BIGGAN_256_SHA256", utils.file_sha256(path))
+        monkeypatch.setattr(utils, "BIGGAN_256_SHA256_PREFIX", utils.file_sha256(path))
 
     publish()
     generator, why_not = utils.best_generator("auto", "full", CPU)

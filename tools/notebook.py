@@ -216,7 +216,7 @@ class Console:
     def print_line(self, text: str) -> None:
         """Print a line above the bar."""
         self._put(text + "\n")
-        self._show(self.bar)
+        self._show(self.bar or self.unfinished)
 
     def progress(self, text: str) -> None:
         """Show a new state of the bar."""
@@ -477,7 +477,7 @@ def publish(executed: Path) -> None:
     committed, run = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
     faults = output_faults(run)
-    if not shows_duration(run, results):
+    if not is_of_same_run(run, results):
         faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
     shown = [caption for caption in captions(run) if caption.startswith("Figure ")]
     if len(image_files(figures)) != len(shown):
@@ -513,7 +513,7 @@ def captions(notebook: NotebookNode) -> list[str]:
     return [caption for caption in found if caption]
 
 
-def shows_duration(run: NotebookNode, results: dict[str, Any]) -> bool:
+def is_of_same_run(run: NotebookNode, results: dict[str, Any]) -> bool:
     """Whether the notebook of a run shows the minutes that its results tell."""
     words = f"One run of {results['run']['wall_seconds'] / 60:.1f} minutes"
     outputs = [output for cell in code_cells(run) for output in cell.outputs]
@@ -704,10 +704,10 @@ def fill_readme(readme: str, start: str, content: str, end: str) -> str:
 
     Raises SystemExit where one of the lines is missing.
     """
-    if start not in readme or end not in readme:
-        raise SystemExit(f"README.md must hold the lines {start} and {end}.")
-    before = readme.partition(start)[0]
-    after = readme.partition(end)[2]
+    before, _, rest = readme.partition(start)
+    if end not in rest:
+        raise SystemExit(f"README.md must hold the lines {start} and {end}, in this order.")
+    after = rest.partition(end)[2]
     return f"{before}{start}\n\n{content}\n\n{end}{after}"
 
 
