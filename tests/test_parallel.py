@@ -186,7 +186,7 @@ def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
         asked.update(settings)
         return ThreadPoolExecutor(settings["max_workers"])
 
-    def run_in_worker(task):
+    def result_and_stored_names(task):
         return task(), ["SVHN, seed 1"]
 
     def after(seconds):
@@ -194,7 +194,7 @@ def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
         return seconds
 
     monkeypatch.setattr(utils, "get_reusable_executor", executor)
-    monkeypatch.setattr(utils, "run_in_worker", run_in_worker)
+    monkeypatch.setattr(utils, "result_and_stored_names", result_and_stored_names)
     monkeypatch.setenv("A3_RUNS", "elsewhere")
     utils.start_run("tiny", "noise")
     tasks = {seconds: partial(after, seconds) for seconds in (0.4, 0.0, 0.2, 0.1)}

@@ -92,7 +92,7 @@ def test_stored_trainings_are_used_and_counted_once_each_since_the_run_began():
         assert history == expected and same_weights(again, first)
     assert watch.epochs == []
     assert utils.stored_trainings() == ["Noise, seed 0"]
-    assert utils.run_in_worker(int) == (0, [])  # a worker tells those of its task alone
+    assert utils.result_and_stored_names(int) == (0, [])  # a worker tells those of its task alone
     utils.start_run("tiny", "noise")
     assert utils.stored_trainings() == []
 
