@@ -1807,10 +1807,11 @@ OUR_MACROS = r"""\newcommand{\rm}[1]{\mathrm{#1}} \newcommand{\bf}[1]{\mathbf{#1
 \newcommand{\cal}[1]{\mathcal{#1}} \newcommand{\tag}[1]{\quad\text{(#1)}}
 \newcommand{\label}[1]{} \newcommand{\nonumber}{}"""
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # three deep
+MACRO_COMMAND = r"\\(?:newcommand|renewcommand|def|DeclareMathOperator)\*?"
+MACRO_NAME = r"\{?\\\w+\}?"
+MACRO_ARGUMENTS = r"[^{}]*"  # [1], #1
 # A macro's definition in a formula, e.g. \newcommand{\R}{\mathbb{R}}.
-MACRO_DEFINITION = (
-    r"\\(?:(?:re)?newcommand|def|DeclareMathOperator)\*?\s*\{?\\\w+\}?[^{}]*" + BRACES
-)
+MACRO_DEFINITION = MACRO_COMMAND + r"\s*" + MACRO_NAME + MACRO_ARGUMENTS + BRACES
 FORMULA_MARK = r"⟦formula (\d+)⟧"  # stands in HTML and Typst text where a formula will be
 
 
@@ -1847,15 +1848,16 @@ class TypstPDFExporter(HTMLExporter):
     @property
     def default_config(self) -> Config:
         """nbconvert's settings: HTML as pandoc reads it, without code, which `read_cell` adds."""
-        template = {
-            "template_name": "basic",
-            "exclude_input": True,
-            "exclude_output_prompt": True,
+        settings_of_classes = {
+            "CoalesceStreamsPreprocessor": {"enabled": True},
+            "TypstPDFExporter": {
+                "template_name": "basic",
+                "exclude_input": True,
+                "exclude_output_prompt": True,
+            },
         }
         config = Config(super().default_config)
-        config.merge(
-            Config(CoalesceStreamsPreprocessor={"enabled": True}, TypstPDFExporter=template)
-        )
+        config.merge(Config(settings_of_classes))
         return config
 
     def from_file(self, file_stream, resources=None, **kwargs) -> tuple[bytes, dict]:
@@ -1956,12 +1958,12 @@ class TypstPDFExporter(HTMLExporter):
         if image_type:
             words = escape(about.get("caption", ""))
             image = figure_image(image_type, data[image_type], words)
-            caption = f"<figcaption>{self.mark_formulas(words)}</figcaption>"
+            caption = f"<figcaption>{self.mark_formulas_in_html(words)}</figcaption>"
             output.data = {"text/html": f"<figure>{image}{caption}</figure>"}
         elif markdown:
             output.data = {"text/markdown": markdown}
         elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
-            output.data = {"text/html": self.mark_formulas(str(soup))}
+            output.data = {"text/html": self.mark_formulas_in_html(str(soup))}
         elif set(data) - {"text/plain"}:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
             self.note(number, what)
@@ -1992,12 +1994,10 @@ class TypstPDFExporter(HTMLExporter):
             attachments=context.get("cell", {}).get("attachments", {}),
             exclude_anchor_links=True,
         )
-        renderer.block_html = self.mark_formulas
+        renderer.block_html = self.mark_formulas_in_html
         renderer.inline_math = self.mark_formula
         renderer.block_math = partial(self.mark_formula, is_block=True)
-        renderer.latex_environment = lambda name, body: self.mark_formula(
-            rf"\begin{{{name}}}{body}\end{{{name}}}", is_block=True
-        )
+        renderer.latex_environment = self.mark_environment
         return MarkdownWithMath(renderer=renderer).render(source)
 
     def mark_formula(self, tex: str, is_block: bool = False) -> str:
@@ -2005,7 +2005,11 @@ class TypstPDFExporter(HTMLExporter):
         self.formulas.append(Formula(self.cell_number, tex, is_block))
         return f"⟦formula {len(self.formulas) - 1}⟧"
 
-    def mark_formulas(self, html: str) -> str:
+    def mark_environment(self, name: str, body: str) -> str:
+        r"""The same for \begin{align} and its like."""
+        return self.mark_formula(rf"\begin{{{name}}}{body}\end{{{name}}}", is_block=True)
+
+    def mark_formulas_in_html(self, html: str) -> str:
         """HTML with a mark in the place of each formula in dollars, one or two.
 
         HTML with code stays as it is, as dollars within code are no formulas.
@@ -2112,24 +2116,25 @@ class TypstPDFExporter(HTMLExporter):
     # HTML to PDF
 
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
-        """The PDF of all parts. What cannot be set is shown as source and noted.
-
-        Tries PDF/A. Where a part is not valid Typst, it repairs that part and tries PDF/A again.
-        Where PDF/A is refused, at either try, because of a letter without a glyph, it writes a
-        plain PDF.
-        """
+        """The PDF of all parts, as PDF/A if it can be. What cannot be set is shown as source."""
         self.convert_formulas()
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        # Typst checks the text before PDF/A: a problem that does not name PDF/A is in the text. Its
-        # message is the first line; the text follows.
-        if content is None and "PDF/A" not in problem.partition("\n")[0]:
-            self.repair(parts)
+        if content is None and not refuses_pdf_a(problem):
+            self.repair(parts)  # the text is not valid Typst
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
         if content is None:
-            rules = symbol_rules(self.note_missing_letters(problem, parts))
-            content, problem = self.compile_typst(rules + join_parts(body, appendix))
+            content = self.plain_pdf(body, appendix, problem)
+        return content
+
+    def plain_pdf(self, body: list[Part], appendix: list[Part], problem: str) -> bytes:
+        """A PDF that is no PDF/A, with the names of symbols that no font has.
+
+        `problem` is why PDF/A was refused. Raises RuntimeError where this cannot be set, either.
+        """
+        rules = symbol_rules(self.note_missing_letters(problem, body + appendix))
+        content, problem = self.compile_typst(rules + join_parts(body, appendix))
         if content is None:
             raise RuntimeError(f"Typst cannot set the notebook: {problem}")
         return content
@@ -2175,12 +2180,8 @@ class TypstPDFExporter(HTMLExporter):
     def compile_typst(self, text: str, *standards: str) -> tuple[bytes | None, str]:
         """PDF of Typst text and "", else None and why."""
         text = re.sub(FORMULA_MARK, lambda found: self.formulas[int(found[1])].typst, text)
-        # Links may need labels that are not in this text: those of headings that are shown as
-        # source and, where `repair` tries one part alone, those of the other parts.
-        wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
-        there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
-        labels = "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
-        source = f"#set document(title: {typst_string(self.title)})\n{STYLE}{text}{labels}"
+        title = f"#set document(title: {typst_string(self.title)})\n"
+        source = title + STYLE + text + missing_labels(text)
         try:
             return self.compiler.compile(source.encode(), pdf_standards=list(standards)), ""
         except RuntimeError as error:
@@ -2219,6 +2220,22 @@ class TypstPDFExporter(HTMLExporter):
                     break
             self.note(number, f"no font here has {letters}: install one")
         return "".join(missing)
+
+
+def refuses_pdf_a(problem: str) -> bool:
+    """Whether Typst finds a text valid, but not fit for PDF/A, as a letter has no glyph."""
+    message, _, _ = problem.partition("\n")  # lines of the text follow
+    return "PDF/A" in message
+
+
+def missing_labels(text: str) -> str:
+    """Typst text that defines the labels to which `text` links and which it lacks.
+
+    These are of headings that are shown as source and, where one part is set alone, of the others.
+    """
+    wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
+    there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
+    return "".join(f"\n#metadata(none) {label}" for label in sorted(wanted - there))
 
 
 def symbol_rules(characters: str) -> str:

@@ -87,8 +87,8 @@ def _glyph_fields(filename: str, characters: str) -> tuple[Tensor, Tensor, float
         field = torch.from_numpy(distance / height).float()
         fields.append(F.avg_pool2d(field[None, None], 2)[0, 0])
         half_widths.append(width / 2 / height)
-        # A stroke's area is its length times its width, and it has two edges: its area divided by
-        # the pixels of both edges is half its width.
+        # A stroke's area is length x width; its two edges have 2 x length pixels. So area over edge
+        # pixels is half the width.
         edges = inside & (distance < 1.5)
         half_strokes.append(inside.sum() / edges.sum() / height)
     return torch.stack(fields), torch.tensor(half_widths), float(np.median(half_strokes))
@@ -154,13 +154,14 @@ def _choose_glyphs(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor
     n = len(labels)
     share = torch.tensor(_LENGTH_SHARES)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
-    target_index = (torch.rand(n, generator=rng) * length).long()  # in its number, from 0
-    index = target_index[:, None] + torch.arange(-2, 3)  # in the number, of each place's digit
+    # Positions in the number, from 0: of the target, and of the digit in each place around it.
+    target_position = (torch.rand(n, generator=rng) * length).long()
+    position = target_position[:, None] + torch.arange(-2, 3)
     glyphs = torch.randint(0, 10, (n, 5), generator=rng)
     glyphs[:, 2] = labels
     glyphs[(glyphs == 1) & (torch.rand(n, 5, generator=rng) < 0.25)] = 10  # a bare stroke
     glyphs[(glyphs == 3) & (torch.rand(n, 5, generator=rng) < 0.15)] = 11  # a flat top
-    exists = (index >= 0) & (index < length[:, None])
+    exists = (position >= 0) & (position < length[:, None])
     return glyphs, exists
 
 
@@ -227,6 +228,40 @@ class _HouseNumber(NamedTuple):
     right: Tensor  # n x 1 x 1, where it ends
 
 
+class _Warp(NamedTuple):
+    """How the glyphs of a crop differ from their font: n x 1 x 1 each."""
+
+    waist_shift: Tensor  # moves the waist up or down
+    taper: Tensor  # the head wider than the foot, or the reverse
+    bowl: Tensor  # the waist narrower, head and foot wider, or the reverse
+
+
+def _random_warp(rng: torch.Generator, n: int) -> _Warp:
+    """A warp for each crop."""
+    waist_shift = _uniform(rng, -0.35, 0.35, n, 1, 1)
+    taper = _normal(rng, 0.10, n, 1, 1)
+    return _Warp(waist_shift, taper, bowl=_normal(rng, 0.25, n, 1, 1))
+
+
+def _warped(u: Tensor, v: Tensor, warp: _Warp) -> tuple[Tensor, Tensor]:
+    """Where in its glyph each pixel looks, n x 32 x 32 each, in digit heights from the middle.
+
+    A factor above 1 on u makes the digit narrower.
+    """
+    inner = (0.25 - v * v).clamp(min=0)  # 0 at head and foot, 0.25 at the waist
+    narrower = 1 + warp.taper * v.clamp(-0.6, 0.6) + warp.bowl * (inner - 0.125)
+    return u * narrower, v + warp.waist_shift * inner
+
+
+def _look_up(glyph_fields: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Distances to the ink's edge at places of a glyph, n x 32 x 32, positive inside."""
+    grid = torch.stack([u, v], dim=-1) / _FIELD_REACH  # the fields reach from -1 to 1
+    fields = glyph_fields.unsqueeze(1)
+    distance = F.grid_sample(fields, grid, padding_mode="border", align_corners=False)[:, 0]
+    beyond_field = (grid.abs().amax(-1) - 1).clamp(min=0)
+    return distance - beyond_field  # far from the ink
+
+
 def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard) -> _HouseNumber:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
@@ -236,22 +271,15 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
     half = faces.half_widths[faces.chosen[:, None], glyphs] * stretch
     places = _place_digits(rng, half, exists)
 
-    # Few fonts, many shapes. Each pixel looks up its place in the glyph; where a factor above 1
-    # multiplies glyph_u, the digit comes out narrower.
-    waist_shift = _uniform(rng, -0.35, 0.35, n, 1, 1)  # moves the waist up or down
-    taper = _normal(rng, 0.10, n, 1, 1)  # the head wider than the foot, or the reverse
-    bowl = _normal(rng, 0.25, n, 1, 1)  # the waist narrower, head and foot wider, or the reverse
+    warp = _random_warp(rng, n)  # few fonts, many shapes
     field = torch.full((n, _SIZE, _SIZE), -1.0)
     for place in range(5):
         glyph_u = (sign.u - places.center[:, place].view(n, 1, 1)) / stretch.view(n, 1, 1)
         glyph_v = sign.v - places.drop[:, place].view(n, 1, 1)
-        inner = (0.25 - glyph_v * glyph_v).clamp(min=0)  # 0 at head and foot, 0.25 at the waist
-        glyph_u = glyph_u * (1 + taper * glyph_v.clamp(-0.6, 0.6) + bowl * (inner - 0.125))
-        grid = torch.stack([glyph_u, glyph_v + waist_shift * inner], dim=-1) / _FIELD_REACH
-        glyph = faces.fields[faces.chosen, glyphs[:, place]].unsqueeze(1)
-        one = F.grid_sample(glyph, grid, padding_mode="border", align_corners=False)[:, 0]
-        one = one - (grid.abs().amax(-1) - 1).clamp(min=0)  # beyond the field: far from the ink
-        field = torch.where(exists[:, place].view(n, 1, 1), torch.maximum(field, one), field)
+        glyph_field = faces.fields[faces.chosen, glyphs[:, place]]
+        distance = _look_up(glyph_field, *_warped(glyph_u, glyph_v, warp))
+        nearest_ink = torch.maximum(field, distance)
+        field = torch.where(exists[:, place].view(n, 1, 1), nearest_ink, field)
 
     # A field that is raised everywhere has thicker strokes, one that is lowered has thinner ones.
     half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
@@ -324,7 +352,8 @@ def _depth_in_plate(rng: torch.Generator, sign: _Signboard, number: _HouseNumber
     from_ends = torch.minimum(sign.u - number.left, number.right - sign.u) + margin_u
     depth = torch.minimum(from_ends, 0.5 + margin_v - sign.v.abs())
     ends_in_crop = torch.rand(n, 1, 1, generator=rng) < 0.4
-    return torch.where(ends_in_crop, depth, depth + 4.0)
+    beyond_the_crop = depth + 4.0  # digit heights
+    return torch.where(ends_in_crop, depth, beyond_the_crop)
 
 
 def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
@@ -334,8 +363,8 @@ def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:
     """
     n = len(depth)
     inset = _uniform(rng, 0.0, 0.08, n, 1, 1)
-    width = _uniform(rng, 0.02, 0.06, n, 1, 1)
-    line = _coverage((width - (depth - inset).abs()) * scale)
+    half_width = _uniform(rng, 0.02, 0.06, n, 1, 1)
+    line = _coverage((half_width - (depth - inset).abs()) * scale)
     return line * _chance(rng, 0.4, n, 1, 1)
 
 
@@ -430,29 +459,34 @@ def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     return (tall @ right).view(n, _SIZE, 3, _SIZE)
 
 
+def _shrinking(photo_side: Tensor, blur: Tensor) -> Tensor:
+    """The matrix (n x 32 x 32) that makes rows of photographs of the rows of scenes.
+
+    A photograph's row averages the scene around its place there with a Gaussian of the deviation
+    sqrt(blur^2 + alias^2): the lens's blur, and 0.35 of a photograph pixel against aliasing.
+    """
+    row = torch.arange(_SIZE, dtype=torch.float32)
+    scene_per_photo = _SIZE / photo_side
+    last_row = photo_side.ceil() - 1
+    photo_row = torch.minimum(row.view(1, -1, 1), last_row)  # beyond the photograph: its last row
+    center_in_scene = (photo_row + 0.5) * scene_per_photo - 0.5
+    distance = row.view(1, 1, -1) - center_in_scene
+    deviation = (blur**2 + (0.35 * scene_per_photo) ** 2).sqrt()
+    return _rows_of_sum_one(torch.exp(-0.5 * (distance / deviation) ** 2))
+
+
 def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, photo_side: Tensor) -> Tensor:
     """Photographs of the scenes `image`, `photo_side` a side (n x 1 x 1, not whole numbers).
 
     A photograph lies in the top left corner of 32 x 32 pixels, as those of a batch differ in size.
-    The rows and columns beyond it repeat its last one; `_enlarge` gives them no weight. Row i of a
-    photograph averages the scene around its place there with a Gaussian of the deviation
-    sqrt(blur^2 + alias^2): the lens's blur, and 0.35 of a photograph pixel against aliasing.
+    The rows and columns beyond it repeat its last one; `_enlarge` gives them no weight.
     """
     n = len(image)
-    i = torch.arange(_SIZE, dtype=torch.float32)
-    ratio = _SIZE / photo_side
-    last_row = photo_side.ceil() - 1  # of the photograph
-    row = torch.minimum(i.view(1, -1, 1), last_row)
-    middle = (row + 0.5) * ratio - 0.5  # of that row, in rows of the scene
-    offset = i.view(1, 1, -1) - middle
     blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
     smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
-
-    def shrinking(sigma: Tensor) -> Tensor:
-        deviation = (sigma**2 + (0.35 * ratio) ** 2).sqrt()
-        return _rows_of_sum_one(torch.exp(-0.5 * (offset / deviation) ** 2))
-
-    return _along_both_axes(shrinking(blur * smear), image, shrinking(blur / smear).mT)
+    down = _shrinking(photo_side, blur * smear)
+    across = _shrinking(photo_side, blur / smear)
+    return _along_both_axes(down, image, across.mT)
 
 
 def _add_noise(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
@@ -488,22 +522,25 @@ def _compress(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:
     return torch.linalg.inv(to_ycc) @ _along_both_axes(dct.mT, coded, dct)
 
 
+def _keys_kernel(distance: Tensor, a: Tensor) -> Tensor:
+    """Keys' cubic kernel (1981): pieces below 1 and below 2, 0 beyond; `a` is its slope at 1."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    beyond_one = torch.where(distance < 2, far, 0.0)
+    return torch.where(distance < 1, near, beyond_one)
+
+
 def _enlarge(rng: torch.Generator, image: Tensor, photo_side: Tensor) -> Tensor:
     """From `photo_side` a side back to 32, by Keys' cubic kernel.
 
     It also gives the halos of a sharpened photograph.
     """
-    n = len(image)
-    i = torch.arange(_SIZE, dtype=torch.float32)
-    position = (i.view(1, -1, 1) + 0.5) / (_SIZE / photo_side) - 0.5  # of a row in the photograph
-    distance = (i.view(1, 1, -1) - position).abs()
-    a = -_uniform(rng, 0.0, 0.9, n, 1, 1)
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = a * (((distance - 5) * distance + 8) * distance - 4)
-    cubic = torch.where(distance < 2, far, 0.0)
-    cubic = torch.where(distance < 1, near, cubic)
-    cubic = torch.where(i.view(1, 1, -1) < photo_side.ceil(), cubic, 0.0)  # nothing lies beyond
-    matrix = _rows_of_sum_one(cubic)
+    row = torch.arange(_SIZE, dtype=torch.float32)
+    position_in_photo = (row.view(1, -1, 1) + 0.5) / (_SIZE / photo_side) - 0.5
+    distance = (row.view(1, 1, -1) - position_in_photo).abs()
+    kernel = _keys_kernel(distance, a=-_uniform(rng, 0.0, 0.9, len(image), 1, 1))
+    is_in_photo = row.view(1, 1, -1) < photo_side.ceil()
+    matrix = _rows_of_sum_one(torch.where(is_in_photo, kernel, 0.0))
     return _along_both_axes(matrix, image, matrix.mT)
 
 

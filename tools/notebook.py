@@ -484,7 +484,7 @@ def publish(executed: Path) -> None:
         faults.append(f"{figures} has other figures than the notebook: delete it and run again")
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
-    else:
+    else:  # the cells are the same: outputs can be copied, and claims that differ judged anew
         copy_outputs(run, committed)
         if sources(tagged(committed, "claims")) != sources(tagged(run, "claims")):
             results["claims"] = judge_claims(committed, results)
@@ -573,9 +573,9 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, b
         "import json, math\nimport numpy as np\nimport utils\n"
         f"results = json.loads({json.dumps(results)!r})\nclaims = {{}}"
     )
+    end = "print(json.dumps({sentence: bool(holds) for sentence, holds in claims.items()}))"
     table = single_tagged_cell(notebook, "claims-table")
-    texts = [begin, *sources(tagged(notebook, "claims")), table.source]
-    texts.append("print(json.dumps({sentence: bool(holds) for sentence, holds in claims.items()}))")
+    texts = [begin, *sources(tagged(notebook, "claims")), table.source, end]
     trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
     client = nbclient.NotebookClient(
         trial, kernel_name="python3", extra_arguments=["--log-level=ERROR"]
@@ -585,9 +585,9 @@ def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, b
     except nbclient.exceptions.CellExecutionError as error:
         reason = f"{error.ename}: {error.evalue}"
         raise SystemExit(f"The claims cannot be judged from results.json: {reason}") from None
-    *_, judged, printed = trial.cells
-    table.outputs = judged.outputs
-    return json.loads(printed.outputs[0].text)
+    new_table, printed_claims = trial.cells[-2:]
+    table.outputs = new_table.outputs
+    return json.loads(printed_claims.outputs[0].text)
 
 
 def results_faults(results: dict[str, Any]) -> list[str]:

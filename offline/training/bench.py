@@ -227,7 +227,8 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     large = resized(images, recipe.side)
     small = resized(images, recipe.side - 6) if recipe.grow else large
     notebook_recipe = definitions.Recipe(side=recipe.side, warp=recipe.warp)
-    # `preprocessing` standardizes each image; it resamples in eval mode only.
+    # In training, where the images are resized above, `preprocessing` only standardizes each of
+    # them; in eval mode, for the test images, it resamples as well.
     model = nn.Sequential(
         definitions.preprocessing(notebook_recipe), quick_trunk(), definitions.task_head()
     ).to(memory_format=torch.channels_last)
@@ -402,11 +403,15 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown_table(rows)
 
 
+def machine_of(record: dict[str, Any]) -> tuple[str, str]:
+    """Where a record was measured."""
+    return record["processor"], record["machine"]
+
+
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     """The README's text with the table of the first record's machine; others' runs add no row."""
-    processor, machine = records[0]["processor"], records[0]["machine"]
-    of_processor = [record for record in records if record["processor"] == processor]
-    shown = [record for record in of_processor if record["machine"] == machine]
+    first = machine_of(records[0])
+    shown = [record for record in records if machine_of(record) == first]
     return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
@@ -433,10 +438,13 @@ def main() -> None:
     for load in (utils.load_mnist, utils.load_svhn):
         data = load()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
-        starter = starter_result(data, test) if arguments.full else starter_for(data, records, kind)
-        if arguments.full:  # 20 minutes: keep it, whatever becomes of ours
+        if arguments.full:
+            starter = starter_result(data, test)
+            # It took 20 minutes: keep it, whatever becomes of ours.
             new_record["data"][data.name] = {"starter": starter}
             save_and_fill_readme(with_record(records, new_record))
+        else:
+            starter = starter_for(data, records, kind)
         short = short_result(data, test, starter["test_acc"])
         ratio = starter["seconds"] / short["seconds"]
         new_record["data"][data.name] = {"starter": starter, "short": short, "ratio": ratio}

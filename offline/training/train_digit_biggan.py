@@ -406,12 +406,13 @@ def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     # only the norm's own `training` is set: norm.train() would reach them too.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
     for row in rows:
-        z = noise(len(labels), torch.Generator().manual_seed(STATISTICS_SEED), row / 50)
+        generator = torch.Generator().manual_seed(STATISTICS_SEED)  # the same directions for all
+        z = noise(len(labels), generator, truncation=row / 50)
         for norm in norms:
             norm.training = True
             norm.row = row
-        # Norms in train mode take no notice of the truncation, but the library refuses 0.
-        model(z, one_hot(labels), max(row, 1) / 50)
+        # Norms in train mode take no notice of this truncation; the library refuses 0.
+        model(z, one_hot(labels), 1.0)
     for norm in norms:
         norm.training = False
         norm.row = None
