@@ -1873,7 +1873,7 @@ class TypstPDFExporter(HTMLExporter):
         check_versions()
         import typst
 
-        self.nb = with_all_fields(nb)
+        self.nb = normalized(nb)
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
         self.numbered_notices: list[tuple[int, str]] = []  # number of a cell, what about it
@@ -2405,7 +2405,7 @@ def value_text(value: object) -> str:
     return ", ".join(map(str, items)).strip()
 
 
-def with_all_fields(nb: NotebookNode) -> NotebookNode:
+def normalized(nb: NotebookNode) -> NotebookNode:
     """A copy of a notebook with the fields that some lack, and its name cell tagged."""
     nb = NotebookNode(copy.deepcopy(nb))
     nb.setdefault("metadata", {}).pop("widgets", None)  # nbconvert stops at Colab's form of them

@@ -85,7 +85,7 @@ def read(path: Path) -> NotebookNode:
     return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
 
 
-def save(notebook: NotebookNode, path: Path) -> None:
+def tidy_and_save(notebook: NotebookNode, path: Path) -> None:
     """Write `notebook` with ids that follow its order and only the metadata a reader needs.
 
     Cells that begin with `# @title` are folded; Colab is asked for a GPU. Raises
@@ -187,7 +187,7 @@ def sync(path: Path = NOTEBOOK) -> None:
     notebook = read(path)
     cell = single_tagged_cell(notebook, "helper-module")
     cell.source = helper_cell((ROOT / "utils.py").read_text(encoding="utf-8"))
-    save(notebook, path)
+    tidy_and_save(notebook, path)
 
 
 # ---- run ----
@@ -368,7 +368,7 @@ def run_notebook(output: Path) -> None:
         CoalesceStreamsPreprocessor().preprocess(notebook, {})
         drop_empty_outputs(notebook)
         if any(cell.execution_count for cell in code_cells(notebook)):  # else no kernel started
-            save(notebook, output)
+            tidy_and_save(notebook, output)
     # utils_before is empty where there was no utils.py: the helper cell has written it.
     if utils_before and utils_content() != utils_before:
         results.unlink(missing_ok=True)  # so that no one publishes it
@@ -493,7 +493,7 @@ def publish(executed: Path) -> None:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
 
     readme = readme_with(answers_table(run), results)
-    save(committed, NOTEBOOK)
+    tidy_and_save(committed, NOTEBOOK)
     shutil.rmtree(ROOT / "figures", ignore_errors=True)
     shutil.copytree(figures, ROOT / "figures")
     results_text = json.dumps(results, indent=1) + "\n"
