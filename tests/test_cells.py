@@ -127,6 +127,15 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
     assert names[name] == best
 
 
+def test_the_stage_that_announces_the_time_is_the_first_one():
+    (first, *_) = [
+        cell
+        for cell in tool.code_cells(tool.read(tool.NOTEBOOK))
+        if " = utils.run_par" in cell.source
+    ]
+    assert f'title="{utils.FIRST_STAGE}"' in first.source
+
+
 def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, handed, tasks):
     run_cell(nb, 'title="1 (b)"', tasks=tasks, SEEDS=[0, 1])
     for (role, kind, seed), task in handed.items():
@@ -265,6 +274,28 @@ def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     _, gallery = nb.draw_indices(0, len(DIGITS.test), 2_500)
     hits = nb.top1_hits(asked, nb.Embedded(z[gallery], pool.labels[gallery]))
     assert names["wrong_queries"].tolist() == (~hits).nonzero().flatten().tolist()
+
+
+def test_the_image_behind_the_worst_draw_is_found_and_the_draws_are_scored_without_it(nb, tables):
+    pool = noise_split(2_500, 32, 3)
+    (first_seven, *_) = (pool.labels == 7).nonzero().flatten()
+    pool.labels[first_seven] = 9  # a mislabeled 7
+    places = 10 * torch.eye(10)
+    z = places[pool.labels] + torch.rand(2_500, 10, generator=seeded(0))
+    z[first_seven] = places[7]  # nearer to the sevens than any other image
+    queries = nb.Embedded(places[DIGITS.test.labels], DIGITS.test.labels)
+    points = {"mnist test": queries, "svhn pool": nb.Embedded(z, pool.labels)}
+    scores = nb.top1_of_draws(queries, points["svhn pool"])
+    given = {"points_of_seed": {0: points}, "scores": {"selected, seed 0": scores}}
+    given |= {"best_scores": scores, "street_pool": pool, "mnist": DIGITS}
+    given["results"] = {"joint_embedding": {}}
+    names = run_cell(nb, "# @title Figure: the gallery image behind the worst draw", **given)
+    found = names["results"]["joint_embedding"]["worst_draw"]
+    sevens = int((DIGITS.test.labels == 7).sum())
+    assert names["stray"] == first_seven
+    assert (found["wrong"], found["wrong_at_one_image"]) == (sevens, sevens)
+    assert found["draws_with_it"] == len([value for value in scores["all"] if value < 100])
+    assert found["top1_without_it"] == [100.0]
 
 
 def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
