@@ -122,6 +122,10 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
         for number, role in enumerate(tasks):
             assert rows(names["fit_parts"][number]) == rows(splits[role][0])
             assert rows(names["held_parts"][number]) == rows(splits[role][1])
+        for (row, *_), trial in handed.items():
+            recipes = [part for part in trial.args if isinstance(part, nb.Recipe)] or trial.args[1]
+            channels = 32 if "half the channels" in row else 64
+            assert all(recipe.channels == channels for recipe in recipes)
     assert len(handed) >= 6
     name, best = BEST[step]
     assert names[name] == best
@@ -139,8 +143,9 @@ def test_the_stage_that_announces_the_time_is_the_first_one():
 def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, handed, tasks):
     run_cell(nb, 'title="1 (b)"', tasks=tasks, SEEDS=[0, 1])
     for (role, kind, seed), task in handed.items():
-        train, _, recipe, plan = task.args
+        train, watched, recipe, plan = task.args
         assert train is tasks[role].train
+        assert watched is (tasks[role].test if seed == 0 else None)
         assert recipe is (nb.RECIPES[CHOSEN[role]] if kind == "selected" else nb.BASELINE)
         assert plan.seed == seed
     assert len(handed) == 6

@@ -133,7 +133,9 @@ FAULTS = {
     "a label of 10": (lambda pngs, labels: (pngs, [10, *labels[1:]]), "must be 0 to 9"),
     "a gray image": (lambda pngs, labels: ([GRAY, *pngs[1:]], labels), "32 x 32 x 3"),
     "no image": (lambda pngs, labels: ([b"<html>", *pngs[1:]], labels), "UnidentifiedImageError"),
-    "wrong counts": (lambda pngs, labels: (pngs, [1] * 20 + labels[20:]), "counts"),
+    "wrong counts": (lambda pngs, labels: (pngs, [1] * 20 + labels[20:]), "not those of SVHN"),
+    "a digit missing": (lambda pngs, labels: (pngs[:30], list(range(9)) * 3 + [0] * 3), "missing"),
+    "too many images": (lambda pngs, labels: (pngs * 2, labels * 2), "80 images; SVHN has 40"),
 }
 
 

@@ -104,6 +104,13 @@ def test_links_lead_to_headings_and_the_words_of_broken_ones_stay():
     assert len(pdf.links) == 4
 
 
+def test_a_link_to_a_heading_that_is_elsewhere_gets_its_label():
+    there = "== Here\n<section-2>\n"
+    links = "#link(<section-1>)[one] #link(<section-2>)[two]\n"
+    assert utils.missing_labels(links + there) == "\n#metadata(none) <section-1>"
+    assert utils.missing_labels(there) == ""
+
+
 def test_what_cannot_be_shown_is_named():
     sources = [
         "![words](gone.png)",
