@@ -281,6 +281,7 @@ def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     assert names["wrong_queries"].tolist() == (~hits).nonzero().flatten().tolist()
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # of torch tensors that matplotlib draws
 def test_the_image_behind_the_worst_draw_is_found_and_the_draws_are_scored_without_it(nb, tables):
     pool = noise_split(2_500, 32, 3)
     (first_seven, *_) = (pool.labels == 7).nonzero().flatten()
