@@ -93,7 +93,7 @@ def handed(monkeypatch):
 @pytest.fixture
 def tasks():
     """Two data sets whose test images are `marked`."""
-    trains = {"MNIST": shuffled(200), "SVHN": noise_split(250, seed=5)}
+    trains = {"MNIST": shuffled(200), "SVHN": noise_split(300, seed=5)}
     sets = [utils.DigitData(name, trains[name], marked(100), real=True) for name in trains]
     return dict(zip(("handwritten", "street"), sets, strict=True))
 
@@ -109,7 +109,7 @@ BEST = {  # of what is tried, the last: the name in the notebook, and what it mu
 @pytest.mark.parametrize("step", BEST)
 def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, handed, tasks, step):
     splits = {role: nb.train_val_split(data.train) for role, data in tasks.items()}
-    names = run_cell(nb, f'title="1 {step}"', tasks=tasks, splits=splits)
+    names = run_cell(nb, f'title="1 {step}"', tasks=tasks, splits=splits, PROBE_STEPS=100)
     trials_of_one_task = []
     for key, trial in handed.items():
         trials_of_one_task += [(role, trial) for role in tasks if role in key]
@@ -126,6 +126,8 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
             recipes = [part for part in trial.args if isinstance(part, nb.Recipe)] or trial.args[1]
             channels = 32 if "half the channels" in row else 64
             assert all(recipe.channels == channels for recipe in recipes)
+            assert all(recipe.grow for recipe in recipes)
+            assert trial.args[-1].steps == len(splits["street"][0]) // 64
     assert len(handed) >= 6
     name, best = BEST[step]
     assert names[name] == best
@@ -149,6 +151,42 @@ def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, hand
         assert recipe is (nb.RECIPES[CHOSEN[role]] if kind == "selected" else nb.BASELINE)
         assert plan.seed == seed
     assert len(handed) == 6
+
+
+def test_two_heads_are_trained_by_the_chosen_kind_with_passes_over_svhn(nb, handed, tasks):
+    mnist, svhn = tasks.values()
+    recipes = (nb.TUNED, nb.AUGMENTED)
+    given = {"mnist": mnist, "svhn_gray": svhn, "SEEDS": [0, 1]}
+    given |= {"best_sharing": "per domain", "shared_recipes": recipes}
+    run_cell(nb, 'title="1 (c)"', **given)
+    for (kind, seed), task in handed.items():
+        setting, plan = task.args
+        suggested = (nb.BASELINE, nb.BASELINE)
+        assert setting.recipes == (recipes if kind == "selected" else suggested)
+        assert setting.batch_norm == ("per domain" if kind == "selected" else "mixed")
+        assert (setting.test is None) == (seed == 1)
+        assert plan.steps == len(svhn.train) // (64 if kind == "selected" else 128)
+        assert plan.seed == seed
+    assert len(handed) == 3
+
+
+def test_the_fair_setting_has_batches_of_64_and_a_norm_for_each_half(nb, handed, tasks):
+    pair = tuple(tasks.values())
+    train, test = tuple(data.train for data in pair), tuple(data.test for data in pair)
+    suggested = (nb.BASELINE, nb.BASELINE)
+    baseline = nb.TwoTasks(train, test, suggested, "mixed")
+    given = {"mnist": pair[0], "svhn": pair[1], "baseline_setting": baseline}
+    given |= {"selected_setting": baseline, "small_recipes": (nb.STRONG, nb.HOUSE_NUMBERS)}
+    run_cell(nb, 'title="1 (d)"', **given)
+    for (kind, name, _), task in handed.items():
+        if kind != "fair":
+            continue
+        if name == "two heads":
+            assert task.args[0].batch_norm == "per domain"
+            assert len(task.args[0].train[0]) == 50
+        else:
+            assert task.args[2] == replace(nb.BASELINE, batch_size=64)
+    assert len(handed) == 9
 
 
 def test_results_of_b_are_of_test_images(nb, tables, tasks):
@@ -187,7 +225,7 @@ def test_results_of_c_are_each_heads_and_those_of_single_models_after_as_many_im
     }
     history = [{"test_acc": float(accuracy)} for accuracy in (71, 72, 73, 74)]
     given["single"] = {(role, "baseline", 0): (None, history) for role in tasks}
-    # 4 epochs of 2 batches show 512 images of each set: of 200 and of 250.
+    # 4 epochs of 2 batches show 512 images of each set: of 200 and of 300.
     given |= {"EPOCHS": 4, "BASELINE_STEPS": 2}
     given |= {"sharing_acc": {}, "best_sharing": "mixed", "SEEDS": [0, 1]}
     names = run_cell(nb, "# @title Results of (c)", **given)

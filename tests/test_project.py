@@ -243,3 +243,10 @@ def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(pr
 def test_the_code_of_every_cell_but_the_claims_counts(tag):
     one, other = (nbformat.v4.new_notebook(cells=[code(text, tag)]) for text in ("f(1)", "f(2)"))
     assert tool.code_of(one) != tool.code_of(other)
+
+
+def test_a_readme_whose_marks_are_missing_or_in_the_wrong_order_is_left_alone():
+    assert tool.fill_readme("a\nS\nold\nE\nb", "S", "new", "E") == "a\nS\n\nnew\n\nE\nb"
+    for readme in ("S\n", "E\n", "E\nS\nb"):
+        with pytest.raises(SystemExit, match="must hold the lines S and E"):
+            tool.fill_readme(readme, "S", "new", "E")
