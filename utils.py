@@ -1950,6 +1950,8 @@ class TypstPDFExporter(HTMLExporter):
         That is an image, else Markdown or LaTeX, else HTML, else text.
         """
         data, about = output.get("data", {}), output.get("metadata", {})
+        if data.keys() <= {"text/plain"}:
+            return  # text, a stream or an error stays as it is
         soup = BeautifulSoup(data.get("text/html", ""), "html.parser")
         for tag in soup(["script", "style"]):
             tag.decompose()
@@ -1964,7 +1966,7 @@ class TypstPDFExporter(HTMLExporter):
             output.data = {"text/markdown": markdown}
         elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
             output.data = {"text/html": self.mark_formulas_in_html(str(soup))}
-        elif set(data) - {"text/plain"}:
+        else:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
             self.note(number, what)
             output.data = {"text/plain": f"[{what}]"}
@@ -2124,7 +2126,7 @@ class TypstPDFExporter(HTMLExporter):
         if content is None and not refuses_pdf_a(problem):
             self.repair(parts)  # the text is not valid Typst
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is None:
+        if content is None:  # PDF/A is refused, or the repair was not enough
             content = self.plain_pdf(body, appendix, problem)
         return content
 
@@ -2162,9 +2164,9 @@ class TypstPDFExporter(HTMLExporter):
             typst = answers.get(str(number), "").replace('"||"', bars)
             formula.typst = f"$ {typst} $" if formula.is_block else f"${typst}$"
             if not typst:
-                self.set_as_source(formula)
+                self.show_as_source(formula)
 
-    def set_as_source(self, formula: Formula) -> None:
+    def show_as_source(self, formula: Formula) -> None:
         """Show a formula as it was typed."""
         self.note(formula.cell_number, f"formula {formula.tex[:70]} is shown as source")
         formula.typst = f"#raw({typst_string(formula.tex)})"
@@ -2195,7 +2197,7 @@ class TypstPDFExporter(HTMLExporter):
             for number in re.findall(FORMULA_MARK, part.typst):
                 formula = self.formulas[int(number)]
                 if not self.compile_typst(formula.typst)[0]:
-                    self.set_as_source(formula)
+                    self.show_as_source(formula)
             for image in part.soup("img"):
                 if not self.compile_typst(f"#image({typst_string(image['src'])})")[0]:
                     self.replace_by_words(part.cell_number, image, f"image {image['alt']}")
@@ -2231,7 +2233,8 @@ def refuses_pdf_a(problem: str) -> bool:
 def missing_labels(text: str) -> str:
     """Typst text that defines the labels to which `text` links and which it lacks.
 
-    These are of headings that are shown as source and, where one part is set alone, of the others.
+    A label is missing where its heading is shown as source, or where `repair` sets another part
+    alone.
     """
     wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
     there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
@@ -2373,8 +2376,9 @@ def plain_words(text: str) -> str:
 
 def assigned_values(source: str) -> dict[str, str]:
     """Names and their values, as text, that a cell assigns; {} if it is no Python."""
+    without_magics = re.sub(r"(?m)^[%!].*", "", source)  # %pip install ...
     try:
-        statements = ast.parse(source).body
+        statements = ast.parse(without_magics).body
     except SyntaxError:
         return {}
     values = {}

@@ -259,7 +259,7 @@ def _look_up(glyph_fields: Tensor, u: Tensor, v: Tensor) -> Tensor:
     fields = glyph_fields.unsqueeze(1)
     distance = F.grid_sample(fields, grid, padding_mode="border", align_corners=False)[:, 0]
     beyond_field = (grid.abs().amax(-1) - 1).clamp(min=0)
-    return distance - beyond_field  # far from the ink
+    return distance - beyond_field  # far from the ink, where any falling number will do
 
 
 def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard) -> _HouseNumber:
@@ -455,8 +455,11 @@ def _rows_of_sum_one(weight: Tensor) -> Tensor:
 def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     """left @ image @ right in each color; left and right: n x 32 x 32, or 32 x 32."""
     n = len(image)
-    tall = (left @ image.reshape(n, _SIZE, 3 * _SIZE)).view(n, 3 * _SIZE, _SIZE)
-    return (tall @ right).view(n, _SIZE, 3, _SIZE)
+    # As a matrix of rows x (3 columns), `left` mixes its rows.
+    rows_mixed = left @ image.reshape(n, _SIZE, 3 * _SIZE)
+    # The same numbers as a matrix of (rows 3) x columns: `right` mixes its columns.
+    both_mixed = rows_mixed.view(n, 3 * _SIZE, _SIZE) @ right
+    return both_mixed.view(n, _SIZE, 3, _SIZE)
 
 
 def _shrinking(photo_side: Tensor, blur: Tensor) -> Tensor:

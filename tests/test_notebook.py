@@ -67,7 +67,7 @@ def notebook_of(*cells):
 )
 def test_an_output_that_must_not_be_published_is_found(output, fault, monkeypatch):
     monkeypatch.setattr(tool.socket, "gethostname", lambda: "ann-laptop")
-    faults = tool.output_faults(notebook_of(code_cell("f()", outputs=[output], count=1)))
+    faults = tool.notebook_faults(notebook_of(code_cell("f()", outputs=[output], count=1)))
     assert all(text.startswith("cell [1] ") for text in faults)
     assert any(fault in text for text in faults)
 
@@ -75,12 +75,12 @@ def test_an_output_that_must_not_be_published_is_found(output, fault, monkeypatc
 @pytest.mark.parametrize("counts", [(2, 1), (1, None)])
 def test_cells_that_were_not_executed_in_order_are_found(counts):
     notebook = notebook_of(*(code_cell("f()", count=count) for count in counts))
-    assert tool.output_faults(notebook) == ["the cells were not executed once each, in order"]
+    assert tool.notebook_faults(notebook) == ["the cells were not executed once each, in order"]
 
 
 def test_an_empty_cell_need_not_be_executed():
     cells = code_cell("f()", count=1), code_cell("", count=None), code_cell("f()", count=2)
-    assert tool.output_faults(notebook_of(*cells)) == []
+    assert tool.notebook_faults(notebook_of(*cells)) == []
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_sync_would_change_nothing(tmp_path):
 
 
 def test_the_notebook_was_executed_in_order_and_shows_nothing_private(committed):
-    assert tool.output_faults(committed) == []
+    assert tool.notebook_faults(committed) == []
 
 
 def test_every_claim_stands_in_bold_and_every_bold_sentence_is_a_claim(committed):
@@ -225,7 +225,7 @@ def run_in_colab(folder):
 def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
     folder = tmp_path / "été 1"
     done = run_in_colab(folder)
-    assert [fault for fault in tool.output_faults(done) if "local name" not in fault] == []
+    assert [fault for fault in tool.notebook_faults(done) if "local name" not in fault] == []
     outputs = [output for cell in tool.code_cells(done) for output in cell.outputs]
     printed = "".join(text for output in outputs for text in tool.texts_of(output))
     assert "mounted" in printed and "offered" in printed and "\r" not in printed

@@ -236,6 +236,10 @@ def test_a_name_with_a_type_hint_is_a_name():
     assert "Name: Ada" in export(md("a"), code(who, tags=("submission",))).text
 
 
+def test_a_name_cell_with_a_magic_keeps_its_names():
+    assert "Name: Ada" in export(md("a"), code("%pip install x\n" + WHO)).text
+
+
 def test_names_assigned_together_are_names():
     who = 'NAME, STUDENT_NUMBER = "Ada", "4000"'
     assert "Name: Ada" in export(md("a"), code(who)).text

@@ -36,6 +36,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
+QUOTED = ("new_training", "fit")  # functions of utils.py that the PDF shows
 PDF_SECTION = "# ---- PDF"  # of utils.py: its last
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
@@ -180,14 +181,24 @@ def helper_cell(source: str) -> str:
 
 
 def sync(path: Path = NOTEBOOK) -> None:
-    """Refresh the notebook's copy of utils.py, and tidy its metadata.
+    """Refresh the notebook's copy of utils.py and what it quotes of it, and tidy its metadata.
 
     Raises ValueError when the notebook has no cell for the copy, or utils.py cannot be quoted.
     """
     notebook = read(path)
-    cell = single_tagged_cell(notebook, "helper-module")
-    cell.source = helper_cell((ROOT / "utils.py").read_text(encoding="utf-8"))
+    source = (ROOT / "utils.py").read_text(encoding="utf-8")
+    single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
+    for cell in tagged(notebook, "quotes-utils"):
+        introduction = cell.source.partition("```")[0]
+        cell.source = f"{introduction}```python\n{functions_of(source, QUOTED)}\n```"
     tidy_and_save(notebook, path)
+
+
+def functions_of(source: str, names: Iterable[str]) -> str:
+    """The source of some functions of a module, in its order."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    chosen = [function for function in functions if function.name in names]
+    return "\n\n\n".join(ast.get_source_segment(source, function) for function in chosen)
 
 
 # ---- run ----
@@ -449,7 +460,8 @@ def heading_of(cell: NotebookNode) -> str:
     """The last heading of a Markdown cell, else nothing."""
     if cell.cell_type != "markdown":
         return ""
-    headings = re.findall(r"^#+ +(.+)", cell.source, flags=re.MULTILINE)
+    text = re.sub(r"(?ms)^```.*?^```", "", cell.source)  # without blocks of code
+    headings = re.findall(r"^#+ +(.+)", text, flags=re.MULTILINE)
     return headings[-1] if headings else ""
 
 
@@ -476,7 +488,7 @@ def publish(executed: Path) -> None:
         require_run_file(path)
     committed, run = read(NOTEBOOK), read(executed)
     results = json.loads((figures / "results.json").read_text(encoding="utf-8"))
-    faults = output_faults(run)
+    faults = notebook_faults(run)
     if not is_of_same_run(run, results):
         faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
     shown = [caption for caption in captions(run) if caption.startswith("Figure ")]
@@ -604,7 +616,7 @@ def results_faults(results: dict[str, Any]) -> list[str]:
     return faults
 
 
-def output_faults(notebook: NotebookNode) -> list[str]:
+def notebook_faults(notebook: NotebookNode) -> list[str]:
     """What is wrong with the outputs of an executed notebook; cells by their number in Jupyter."""
     faults = []
     # No kernel executes an empty cell.
@@ -613,11 +625,11 @@ def output_faults(notebook: NotebookNode) -> list[str]:
         faults.append("the cells were not executed once each, in order")
     for cell in code_cells(notebook):
         for output in cell.outputs:
-            faults += [f"cell [{cell.execution_count}] {what}" for what in faults_of(output)]
+            faults += [f"cell [{cell.execution_count}] {what}" for what in output_faults(output)]
     return faults
 
 
-def faults_of(output: NotebookNode) -> Iterator[str]:
+def output_faults(output: NotebookNode) -> Iterator[str]:
     """What is wrong with one output."""
     if output.output_type == "error":
         yield f"stopped with {output.ename}"
