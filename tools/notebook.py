@@ -36,7 +36,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
-QUOTED = ("new_training", "fit")  # functions of utils.py that the PDF shows
+QUOTED = "new_training"  # the function of utils.py that the PDF shows
 PDF_SECTION = "# ---- PDF"  # of utils.py: its last
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
@@ -190,15 +190,15 @@ def sync(path: Path = NOTEBOOK) -> None:
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-utils"):
         introduction = cell.source.partition("```")[0]
-        cell.source = f"{introduction}```python\n{functions_of(source, QUOTED)}\n```"
+        cell.source = f"{introduction}```python\n{function_source(source, QUOTED)}\n```"
     tidy_and_save(notebook, path)
 
 
-def functions_of(source: str, names: Iterable[str]) -> str:
-    """The source of some functions of a module, in its order."""
+def function_source(source: str, name: str) -> str:
+    """The source of one function of a module."""
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    chosen = [function for function in functions if function.name in names]
-    return "\n\n\n".join(ast.get_source_segment(source, function) for function in chosen)
+    (function,) = [function for function in functions if function.name == name]
+    return ast.get_source_segment(source, function)
 
 
 # ---- run ----
