@@ -2392,7 +2392,7 @@ def assigned_values(source: str) -> dict[str, str]:
         with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
             value = ast.literal_eval(statement.value)
             for target in targets:
-                if isinstance(target, ast.Tuple):  # NAME, STUDENT_NUMBER = "Ann", "1"
+                if isinstance(target, ast.Tuple | ast.List):  # NAME, STUDENT_NUMBER = "Ann", "1"
                     names, items = target.elts, value
                 else:
                     names, items = [target], [value]

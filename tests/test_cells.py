@@ -18,10 +18,14 @@ import utils
 from tools import notebook as tool
 
 
-def source_of(words):
+def sources():
+    """The notebook's code cells, in order, without the copy of utils.py."""
     cells = tool.code_cells(tool.read(tool.NOTEBOOK))
-    sources = [cell.source for cell in cells if "helper-module" not in tool.tags(cell)]
-    (source,) = [source for source in sources if words in source]
+    return [cell.source for cell in cells if "helper-module" not in tool.tags(cell)]
+
+
+def source_of(words):
+    (source,) = [source for source in sources() if words in source]
     return source
 
 
@@ -134,12 +138,8 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
 
 
 def test_the_stage_that_announces_the_time_is_the_first_one():
-    (first, *_) = [
-        cell
-        for cell in tool.code_cells(tool.read(tool.NOTEBOOK))
-        if " = utils.run_par" in cell.source
-    ]
-    assert f'title="{utils.FIRST_STAGE}"' in first.source
+    (first, *_) = [source for source in sources() if "utils.run_parallel(" in source]
+    assert f'title="{utils.FIRST_STAGE}"' in first
 
 
 def test_final_trainings_have_the_chosen_recipe_and_all_training_images(nb, handed, tasks):
@@ -381,13 +381,10 @@ def assigned_and_needed(source):
 
 
 def test_any_cell_can_be_run_again_as_what_it_needs_is_assigned_in_one_place():
-    cells = tool.code_cells(tool.read(tool.NOTEBOOK))
     places = {}  # name -> the cells that assign it
     needs = []
-    for number, cell in enumerate(cells):
-        if "helper-module" in tool.tags(cell):
-            continue
-        assigned, needed = assigned_and_needed(cell.source)
+    for number, source in enumerate(sources()):
+        assigned, needed = assigned_and_needed(source)
         needs.append((number, needed))
         for name in assigned:
             places.setdefault(name, []).append(number)

@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, code_cell
+from scipy import stats
 
 import utils
 from tools import notebook as tool
@@ -121,7 +122,7 @@ def test_figures_and_tables_are_in_order_and_cited_and_every_figure_is_saved(com
 
 
 def evaluated_claims(notebook, results):
-    names = {"results": results, "claims": {}, "np": np, "math": math}
+    names = {"results": results, "claims": {}, "np": np, "math": math, "stats": stats}
     for cell in tool.tagged(notebook, "claims"):
         exec(cell.source, names)
     return {claim: bool(holds) for claim, holds in names["claims"].items()}

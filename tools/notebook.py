@@ -36,7 +36,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
-QUOTED = "new_training"  # the function of utils.py that the PDF shows
+SHOWN_FUNCTION = "new_training"  # the function of utils.py that the PDF shows
 PDF_SECTION = "# ---- PDF"  # of utils.py: its last
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
@@ -190,7 +190,7 @@ def sync(path: Path = NOTEBOOK) -> None:
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-utils"):
         introduction = cell.source.partition("```")[0]
-        cell.source = f"{introduction}```python\n{function_source(source, QUOTED)}\n```"
+        cell.source = f"{introduction}```python\n{function_source(source, SHOWN_FUNCTION)}\n```"
     tidy_and_save(notebook, path)
 
 
@@ -577,12 +577,12 @@ def copy_outputs(executed: NotebookNode, committed: NotebookNode) -> None:
 def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, bool]:
     """The claims of `notebook`, evaluated from the results of a run; their table is shown anew.
 
-    The cells tagged `claims` may use json, math, np, utils, `results`, `claims`, and what earlier
-    ones of them define. The cell tagged `claims-table` gets a new output. Raises SystemExit with
-    the error of a claim that needs more.
+    The cells tagged `claims` may use json, math, np, scipy's stats, utils, `results`, `claims`, and
+    what earlier ones of them define. The cell tagged `claims-table` gets a new output. Raises
+    SystemExit with the error of a claim that needs more.
     """
     begin = (
-        "import json, math\nimport numpy as np\nimport utils\n"
+        "import json, math\nimport numpy as np\nfrom scipy import stats\nimport utils\n"
         f"results = json.loads({json.dumps(results)!r})\nclaims = {{}}"
     )
     end = "print(json.dumps({sentence: bool(holds) for sentence, holds in claims.items()}))"

@@ -403,15 +403,11 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown_table(rows)
 
 
-def processor_and_machine(record: dict[str, Any]) -> tuple[str, str]:
-    """Where a record was measured."""
-    return record["processor"], record["machine"]
-
-
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     """The README's text with the table of the first record's machine; others' runs add no row."""
-    first = processor_and_machine(records[0])
-    shown = [record for record in records if processor_and_machine(record) == first]
+    first = records[0]
+    of_processor = [record for record in records if record["processor"] == first["processor"]]
+    shown = [record for record in of_processor if record["machine"] == first["machine"]]
     return fill_readme(readme, BENCH_START, table(shown), BENCH_END)
 
 
