@@ -240,8 +240,9 @@ def test_a_name_cell_with_a_magic_keeps_its_names():
     assert "Name: Ada" in export(md("a"), code("%pip install x\n" + WHO)).text
 
 
-def test_names_assigned_together_are_names():
-    who = 'NAME, STUDENT_NUMBER = "Ada", "4000"'
+@pytest.mark.parametrize("names", ["NAME, STUDENT_NUMBER", "[NAME, STUDENT_NUMBER]"])
+def test_names_assigned_together_are_names(names):
+    who = f'{names} = "Ada", "4000"'
     assert "Name: Ada" in export(md("a"), code(who)).text
 
 
