@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import base64
 import copy
+import copyreg
 import dis
 import gzip
 import hashlib
@@ -31,15 +32,24 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Sequence,
+    ValuesView,
+)
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial, singledispatch
 from html import escape, unescape
 from importlib import import_module
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
+from pathlib import Path, PurePosixPath
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -167,7 +177,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def notice(text: str) -> None:
+def print_notice(text: str) -> None:
     """Print something the reader must not miss, set off on standard output."""
     print("NOTE  " + text.strip().replace("\n", "\n      "), flush=True)
 
@@ -242,10 +252,11 @@ class Split:
 
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
         """The images at `indices`, in that order. ValueError unless all are 0 to N - 1."""
-        index = np.asarray(indices)
-        whole_numbers = index.size > 0 and np.issubdtype(index.dtype, np.integer)
-        if not whole_numbers or index.min() < 0 or index.max() >= len(self):
+        given = np.asarray(indices)
+        whole_numbers = given.size > 0 and np.issubdtype(given.dtype, np.integer)
+        if not whole_numbers or given.min() < 0 or given.max() >= len(self):
             raise ValueError(f"indices must be whole numbers from 0 to {len(self) - 1}")
+        index = torch.from_numpy(given.astype(np.int64))  # torch takes uint8 for a mask
         return Split(self.images[index], self.labels[index])
 
     def first(self, count: int) -> Split:
@@ -299,7 +310,7 @@ def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_atomically(path, write)
     except OSError as error:
-        notice(f"{path.name} cannot be written ({error}); the run goes on.")
+        print_notice(f"{path.name} cannot be written ({error}); the run goes on.")
 
 
 def file_sha256(path: Path) -> str:
@@ -323,9 +334,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # urlopen's timeout does not cover the look-up of a name, so urlopen runs in a thread for whose
-    # result we wait TIMEOUT. Its own timeout, twice as long, ends a thread that hangs after the
-    # look-up, as Python waits for all threads at its exit.
+    # The timeout of urlopen begins after the look-up of the server's name, which may hang. So
+    # urlopen runs in a thread, and we wait for its result. That timeout ends the thread some time
+    # later, as Python waits for all threads at its exit.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -435,7 +446,7 @@ def read_cache(path: Path) -> Split | None:
         return None
 
 
-def load_cached(name: str, make: Callable[[], Split], *key: str) -> Split:
+def load_or_make(name: str, make: Callable[[], Split], *key: str) -> Split:
     """`make()`, or what it gave in an earlier run with the same key."""
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     path = runs_folder() / f"{name}-{digest}.npz"
@@ -517,11 +528,13 @@ def read_svhn(part: str, files: Sequence[Path]) -> Split:
     A part may be cut short: the committed run's test file holds the first 6,000 images. Raises
     DataError for a .mat with another checksum, and for images that cannot be SVHN's.
     """
-    digests = [file_sha256(file) for file in files]  # the cache's key, too
+    digests = [file_sha256(file) for file in files]
     if files[0].suffix == ".parquet":
-        split = load_cached(f"svhn-{part}", lambda: decode_parquet(files), *digests)
+        key = [*digests, fingerprint(decode_parquet)]
+        split = load_or_make(f"svhn-{part}", lambda: decode_parquet(files), *key)
     elif digests[0].startswith(SHA256_PREFIXES[files[0].name]):
-        split = load_cached(f"svhn-{part}", lambda: decode_mat(files[0]), *digests)
+        key = [*digests, fingerprint(decode_mat)]
+        split = load_or_make(f"svhn-{part}", lambda: decode_mat(files[0]), *key)
     else:
         raise DataError("this is not the official file; its checksum differs")
     require_svhn(part, split)
@@ -560,7 +573,7 @@ def real_svhn(part: str) -> Split:
 def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
     """SVHN from files in A3_DATA_ROOT, or None, and what is wrong with those that cannot be used.
 
-    Raises ImportError without the package that reads a file.
+    Raises DataError without the package that reads a file: a download would need it, too.
     """
     failures = []
     root = data_root()
@@ -576,8 +589,8 @@ def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
             continue
         try:
             return read_svhn(part, files), failures
-        except ImportError:  # scipy or pyarrow: a download would need it, too
-            raise
+        except ImportError as error:  # scipy or pyarrow
+            raise DataError(describe_failure(root / pattern, error)) from error
         except Exception as error:  # another file, or a download, may do
             failures.append(describe_failure(root / pattern, error))
     return None, failures
@@ -633,7 +646,7 @@ def svhn_stand_in() -> DigitData:
         count, seed = sizes[part], RENDERED_SEEDS[part]
         key = [*street_numbers.cache_key(), str(count), str(seed)]
         render = street_numbers.render_street_numbers
-        return load_cached("rendered", lambda: Split(*render(count, seed)), *key)
+        return load_or_make("rendered", lambda: Split(*render(count, seed)), *key)
 
     return DigitData("rendered street numbers", split("train"), split("test"), real=False)
 
@@ -660,7 +673,7 @@ def real_or_stand_in(
         data = stand_in()
     except DataError as error:
         raise DataError(f"{problem}\n{error}") from error
-    notice(f"{data.name} in place of {name}.\n{problem}")
+    print_notice(f"{data.name} in place of {name}.\n{problem}")
     return data
 
 
@@ -865,11 +878,11 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """The generator of that name, or with 'auto' the best one that can be had, and why no better.
+    """A generator, and why it is not a better one ("" where nothing failed).
 
-    'auto' tries BigGAN-deep (in a full run, not with A3_DATA=embedded), then the digit BigGAN of
-    offline/, and gives None if all fail. The reason is "" where nothing failed. Raises what
-    `load_generator` raises for a name.
+    With a name for `load_generator`: that one, or the error which `load_generator` raises. With
+    'auto': BigGAN-deep in a full run (not with A3_DATA=embedded), else the digit BigGAN of
+    offline/, else None.
     """
     if name != "auto":
         return load_generator(name, device), ""
@@ -898,7 +911,7 @@ def seed_of_epoch(seed: int, epoch: int) -> int:
     return int.from_bytes(mixed[:7], "big")  # seven bytes fit into a signed 64-bit number
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+def random_stream(seed: int, epoch: int) -> torch.Generator:
     """A random stream for each (seed, epoch): a resumed run sees the same batches."""
     return torch.Generator().manual_seed(seed_of_epoch(seed, epoch))
 
@@ -930,14 +943,14 @@ class Training:
 class Plan:
     """How `fit` trains.
 
-    name: for people, 'SVHN, augmented, seed 1'. steps: batches an epoch. schedule: 'constant', or
-    'onecycle' (Smith and Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is
-    plain Adam. evaluate(model): further numbers of each epoch, by name, for the history.
+    name: for people, 'SVHN, augmented, seed 1'. schedule: 'constant', or 'onecycle' (Smith and
+    Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is plain Adam.
+    evaluate(model): further numbers of each epoch, by name, for the history.
     """
 
     name: str
     epochs: int
-    steps: int
+    steps_per_epoch: int
     seed: int = 0
     lr: float = 1e-3
     schedule: str = "constant"
@@ -953,7 +966,7 @@ class Run:
     first_line: str = ""
     first_line_handle: DisplayHandle | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)  # by the stage's title
-    stored: list[str] = field(default_factory=list)  # names of stored trainings that were used
+    reused: list[str] = field(default_factory=list)  # names of trainings from checkpoints
 
 
 _run = Run()
@@ -977,9 +990,9 @@ def start_run(profile: str, *data_names: str) -> None:
     _run = Run(profile, first_line, handle)
 
 
-def stored_trainings() -> list[str]:
+def reused_trainings() -> list[str]:
     """Names of the trainings that came from checkpoints since `start_run`, whole or in part."""
-    return list(dict.fromkeys(_run.stored))
+    return list(dict.fromkeys(_run.reused))
 
 
 def stage_seconds() -> dict[str, float]:
@@ -992,8 +1005,9 @@ def new_training(model: nn.Module, plan: Plan) -> Training:
 
     Raises ValueError for a schedule that is not known, and for epochs or steps below 1.
     """
-    if plan.epochs < 1 or plan.steps < 1:
-        raise ValueError(f"{plan.name}: epochs={plan.epochs}, steps={plan.steps}: at least 1 each.")
+    if plan.epochs < 1 or plan.steps_per_epoch < 1:
+        wrong = f"epochs={plan.epochs}, steps_per_epoch={plan.steps_per_epoch}"
+        raise ValueError(f"{plan.name}: {wrong}: at least 1 each.")
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)  # faster; same numbers but for rounding
     optimizer = torch.optim.AdamW(
@@ -1005,7 +1019,7 @@ def new_training(model: nn.Module, plan: Plan) -> Training:
     if plan.schedule == "constant":
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     elif plan.schedule == "onecycle":
-        total = plan.epochs * plan.steps
+        total = plan.epochs * plan.steps_per_epoch
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
     else:
         raise ValueError(f"schedule={plan.schedule!r} is not known: 'constant' or 'onecycle'.")
@@ -1053,7 +1067,7 @@ class Checkpointer:
             return []
         except Exception as error:
             kind = type(error).__name__
-            notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
+            print_notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
             return self.restore(beginning)
 
     def save_if_due(self, history: History, last: bool) -> None:
@@ -1079,7 +1093,7 @@ def fit(
     train_epoch(training, batches, loss_fn) puts the model into train mode, steps optimizer and
     scheduler for each batch, and returns means, 'loss' among them. loss_fn(model, batch) gives the
     loss and further metrics by name.
-    batches(epoch) yields `plan.steps` batches, the same ones whenever it is asked for that epoch.
+    batches(epoch) yields `plan.steps_per_epoch` batches, for the same epoch always the same ones.
 
     The checkpoint, in `runs_folder`, is named after a fingerprint of the code, data and settings
     that are handed over, so what is changed trains again. The device, its automatic precision,
@@ -1088,14 +1102,15 @@ def fit(
 
     Raises FloatingPointError when the loss is not finite.
     """
-    helpers = [new_training, seed_torch, seed_of_epoch]  # what `fit` calls that decides numbers
+    # What `fit` itself calls to make numbers; what `train_epoch` calls is followed from there.
+    helpers = [new_training, seed_torch, seed_of_epoch]
     key = fingerprint(train_epoch, model, batches, loss_fn, plan, helpers, setting("A3_PRECISION"))
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
     history = checkpointer.load()
     if history:
-        _run.stored.append(plan.name)
+        _run.reused.append(plan.name)
         report_epochs(len(history))
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
@@ -1148,7 +1163,7 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # not count, as they change from one machine to the next.
 
 
-CYCLE = b"a cycle"  # what a part that contains itself has in its own place
+UNFINISHED = b"unfinished"  # where a part stands within itself, at any depth
 
 
 def fingerprint(*parts: object) -> str:
@@ -1166,7 +1181,7 @@ def fingerprint(*parts: object) -> str:
         if id(part) in digests:
             return digests[id(part)]
         alive.append(part)
-        digests[id(part)] = CYCLE
+        digests[id(part)] = UNFINISHED  # until its content is known
         kind = type(part)
         pieces = [kind.__qualname__.encode(), b":"]
         if is_ours(kind.__module__):
@@ -1193,8 +1208,10 @@ def content_of(part: object) -> bytes | list:
     # What wraps a function (functools.cache, classmethod, staticmethod): the function inside.
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
+    # Some libraries tell pickle in this table how to store their types: numpy for np.tanh.
+    registered = copyreg.dispatch_table.get(type(part))
     try:
-        reduced = part.__reduce_ex__(2)
+        reduced = registered(part) if registered else part.__reduce_ex__(2)
     except Exception:  # a lock, a file, a stream: nothing that decides a number
         return []
     if isinstance(reduced, str):  # the name of a global
@@ -1214,7 +1231,12 @@ def content_of_collection(part: list | tuple | set | frozenset) -> list:
 
 
 @content_of.register
-def content_of_dict(part: dict) -> list:
+def content_of_view(part: KeysView | ValuesView | ItemsView) -> list:
+    return list(part)
+
+
+@content_of.register
+def content_of_dict(part: dict | MappingProxyType) -> list:
     return list(part.items())  # in its order, which may decide, say, which loss comes first
 
 
@@ -1285,7 +1307,8 @@ def content_of_class(part: type) -> list:
 def content_of_code(part: CodeType) -> list:
     names = [part.co_names, part.co_varnames]
     # Functions within it are among its constants.
-    return [part.co_code, part.co_exceptiontable, part.co_consts, names]
+    counts = [part.co_argcount, part.co_posonlyargcount, part.co_kwonlyargcount, part.co_flags]
+    return [part.co_code, part.co_exceptiontable, part.co_consts, names, counts]
 
 
 def module_of(part: FunctionType | type) -> str | None:
@@ -1296,11 +1319,14 @@ def module_of(part: FunctionType | type) -> str | None:
     return part.__module__
 
 
-def is_ours(module: str | None) -> bool:
-    """Whether a module is the project's own: not Python's and not an installed package's.
+def is_ours(module: object) -> bool:
+    """Whether a module's name is the project's own: not Python's, not an installed package's.
 
-    A package without a file of its own (a namespace package) counts as the project's.
+    A package without a file of its own (a namespace package) counts as the project's. So does None;
+    what else is no text is a compiled type's, and not the project's.
     """
+    if not isinstance(module, str | None):
+        return False
     top = (module or "__main__").partition(".")[0]
     # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
     if top == "__main__":
@@ -1314,16 +1340,19 @@ def is_ours(module: str | None) -> bool:
 def counts_as_member(name: str, member: object) -> bool:
     """Whether a fingerprint covers a member of one of our classes.
 
-    Ordinary ones always; of those with two underscores, the functions that stand in our source.
+    Ordinary members count. Of those with two underscores before their name, only the functions that
+    someone wrote in our source.
     """
+    if name == "_abc_impl":  # a cache that abc adds
+        return False
     if not name.startswith("__"):
-        return name != "_abc_impl"  # which abc adds
+        return True
     function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
     if not isinstance(function, FunctionType):
         return False
-    # is_ours leaves out Python's own, as __repr__ of a NamedTuple. A dataclass's __init__, which is
-    # generated, has our globals; its file name, "<string>", gives it away.
-    return is_ours(module_of(function)) and function.__code__.co_filename != "<string>"
+    # The __init__ of a dataclass is generated, and has our globals; its file name shows it.
+    is_generated = function.__code__.co_filename == "<string>"
+    return is_ours(module_of(function)) and not is_generated
 
 
 def code_within(code: CodeType) -> list[CodeType]:
@@ -1336,27 +1365,31 @@ def code_within(code: CodeType) -> list[CodeType]:
 
 
 def used_globals(function: FunctionType) -> dict[str, object]:
-    """The global values that `function` reads.
+    """The global values that `function` reads, by name.
 
-    Of our own modules, such as utils, only the attributes that it names.
+    Of a module of ours, such as utils, the attributes that it reads by a dotted name: utils.fit,
+    but not the fit of a variable that holds utils.
     """
-    global_names, all_names = set(), set()
+    values = {}
     for code in code_within(function.__code__):
-        all_names.update(code.co_names)  # globals, and attributes of anything
+        name, value = "", None  # what the instruction before has read, if a global or its attribute
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                global_names.add(instruction.argval)
-    values = {}
-    for name in sorted(global_names & function.__globals__.keys()):
-        value = function.__globals__[name]
-        if isinstance(value, ModuleType) and is_ours(value.__name__):
-            # Byte code does not tell whose attribute a name is. If this module has such an
-            # attribute, it is included.
-            for attribute in sorted(all_names & vars(value).keys()):
-                values[f"{name}.{attribute}"] = getattr(value, attribute)
-        elif not name.startswith("__"):
-            values[name] = value
-    return values
+                name = instruction.argval
+                value = function.__globals__.get(name)  # None: one of Python's own names
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and is_our_module(value):
+                name = f"{name}.{instruction.argval}"
+                value = getattr(value, instruction.argval, None)
+            else:
+                name, value = "", None
+            if value is not None and not is_our_module(value) and not name.startswith("__"):
+                values[name] = value
+    return dict(sorted(values.items()))
+
+
+def is_our_module(value: object) -> bool:
+    """Whether a value is a module of the project's own."""
+    return isinstance(value, ModuleType) and is_ours(value.__name__)
 
 
 def closure_values(function: FunctionType) -> dict[str, object]:
@@ -1403,10 +1436,12 @@ def memory_limit() -> float:
             folder, file = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # A container sees its own group as the top of the tree.
-        for path in (folder / group.lstrip("/") / file, folder / file):
+        # A group's limit holds for all groups below it. A container may see its own group as the
+        # top of the tree, so that some of these folders are missing.
+        own = PurePosixPath(group)
+        for place in (own, *own.parents):
             with suppress(OSError, ValueError):  # no such file; "max"
-                limits.append(int(path.read_text(encoding="utf-8")))
+                limits.append(int((folder / str(place).lstrip("/") / file).read_text("utf-8")))
     return min(limits)
 
 
@@ -1416,8 +1451,8 @@ def jobs_that_fit_in_memory() -> int:
 
     Later, idle workers hold some of it, which the next trainings take over.
     """
-    left_in_group = memory_limit() - psutil.Process().memory_info().rss
-    free = min(psutil.virtual_memory().available, left_in_group)
+    left_below_limit = memory_limit() - psutil.Process().memory_info().rss
+    free = min(psutil.virtual_memory().available, left_below_limit)
     return int(free / MEMORY_OF_A_TRAINING)
 
 
@@ -1512,12 +1547,12 @@ def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hasha
             # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(result_and_stored_names, prepared[key])] = key
+                running[executor.submit(result_and_reused_names, prepared[key])] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                result, stored = future.result()
+                result, reused = future.result()
                 results[running[future]] = result
-                _run.stored += stored
+                _run.reused += reused
                 del running[future]
     except TerminatedWorkerError as error:
         names = "; ".join(task_name(key) for key in running.values())
@@ -1531,14 +1566,15 @@ def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hasha
     return {key: results[key] for key in prepared}
 
 
-def result_and_stored_names(prepared: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """Of a prepared task, in a worker: its result and the stored trainings that it used.
+def result_and_reused_names(prepared: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """Of a prepared task, in a worker: its result and the names of its reused trainings.
 
-    Those stand in the worker's own _run, which may still hold names of an earlier task.
+    `fit` adds those to the _run of its process. In a worker that is not the notebook's _run, and
+    may still hold the names of an earlier task.
     """
-    _run.stored.clear()
+    _run.reused.clear()
     result = prepared()
-    return result, _run.stored
+    return result, _run.reused
 
 
 class DisplayStream:
@@ -1566,7 +1602,7 @@ class StageDisplay:
         self.title = title
         self.all_epochs = all_epochs  # of all tasks together
         self.epochs_file = epochs_file
-        self.stored_before = len(_run.stored)
+        self.reused_before = len(_run.reused)
         self.started = time.perf_counter()
         self.text = f"{title}: stopped"  # the line that stays where `record_end` is not reached
         self.ended = threading.Event()  # tells the thread
@@ -1607,13 +1643,13 @@ class StageDisplay:
         FIRST_STAGE also tells how long the run takes.
         """
         seconds = time.perf_counter() - self.started
-        stored = len(_run.stored) - self.stored_before
+        reused = len(_run.reused) - self.reused_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
         self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
-        if stored:
-            self.text += f", {stored} of them stored, whole or in part: delete the .pt files in "
+        if reused:
+            self.text += f", {reused} of them stored, whole or in part: delete the .pt files in "
             self.text += f"{runs_folder()} to train again"
-        elif self.title == FIRST_STAGE:
+        elif self.title == FIRST_STAGE:  # with stored trainings its time would promise too little
             announce_time(seconds)
         _run.stage_seconds[self.title] = seconds
 
@@ -1639,7 +1675,7 @@ def in_kernel() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-def show(data: dict[str, str], metadata: dict, at: DisplayHandle | None = None) -> None:
+def show_media(data: dict[str, str], metadata: dict, at: DisplayHandle | None = None) -> None:
     """Show data by its media types, in the place `at` if given; a script prints the plain text."""
     if not in_kernel():
         print(data["text/plain"])
@@ -1672,7 +1708,7 @@ def show_figure(
     """
     text = f"Figure {number}. {caption}"
     kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
-    content = render(figure, kind, text)
+    content = figure_bytes(figure, kind, text)
     file = runs_folder() / "figures" / f"{name}.{kind}"
     write_or_warn(file, lambda temporary: temporary.write_bytes(content))
     output_metadata = {"caption": text, media_type: {"alt": text}}
@@ -1680,13 +1716,13 @@ def show_figure(
         # In CSS pixels, 96 an inch.
         output_metadata[media_type]["width"] = round(96 * figure.get_figwidth())
     image = base64.b64encode(content) if photo else content
-    show({media_type: image.decode(), "text/plain": text}, output_metadata)
+    show_media({media_type: image.decode(), "text/plain": text}, output_metadata)
     if in_kernel():  # where the image is shown, the caption follows
-        show({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
+        show_media({"text/markdown": f"*{text}*", "text/plain": text}, {"is_caption": True})
     plt.close(figure)
 
 
-def render(figure: plt.Figure, kind: str, title: str) -> bytes:
+def figure_bytes(figure: plt.Figure, kind: str, title: str) -> bytes:
     """A figure as a file, 'png' or 'svg', the same one from the same figure."""
     left_out = "Software" if kind == "png" else "Date"  # a version or a time: these change
     file_metadata = {"Title": title, left_out: None}
@@ -1732,7 +1768,7 @@ def show_frame(
         heading.string = caption
         soup.table.insert(0, heading)
         plain = f"{caption}\n{plain}"
-    show({"text/html": str(soup), "text/plain": plain}, metadata, at)
+    show_media({"text/html": str(soup), "text/plain": plain}, metadata, at)
 
 
 def cell_text(value: object) -> str:
@@ -2463,7 +2499,7 @@ def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None
         try:
             import_module("google.colab.files").download(str(pdf))
         except Exception as error:  # in VS Code there is no browser
-            notice(f"{pdf.resolve()} could not be downloaded ({error}).")
+            print_notice(f"{pdf.resolve()} could not be downloaded ({error}).")
     return exporter.notices
 
 

@@ -38,7 +38,7 @@ watch = Watch()
 def batches(epoch):
     """Random inputs; the label is where the greatest of them stands."""
     watch.epochs.append(epoch)
-    generator = utils.epoch_generator(0, epoch)
+    generator = utils.random_stream(0, epoch)
     for step in range(STEPS):
         if (epoch, step) == watch.stop_at:
             raise KeyboardInterrupt
@@ -68,7 +68,7 @@ def train(model=None, batches=batches, loss=loss_fn, loop=train_epoch, **change)
     """The trained model and its history; `change` is of the plan."""
     model = model or make_model()
     settings = {"name": "Noise, seed 0", "epochs": 5, "lr": 1e-2, "schedule": "onecycle"}
-    plan = utils.Plan(steps=STEPS, **settings | change)
+    plan = utils.Plan(steps_per_epoch=STEPS, **settings | change)
     return model, utils.fit(loop, model, batches, loss, plan)
 
 

@@ -135,7 +135,7 @@ def test_images_are_cropped_resampled_and_standardized_alike_in_training_and_in_
 
 def test_images_are_smaller_and_antialiased_in_the_first_part_of_a_training(nb):
     split = noise_split(1).take([0] * 8)
-    loader = nb.Loader(split, nb.TUNED, 8, utils.Plan("x", epochs=2, steps=10))
+    loader = nb.Loader(split, nb.TUNED, 8, utils.Plan("x", epochs=2, steps_per_epoch=10))
     batches = [images for number in (0, 1) for images, _ in loader.epoch(number)]
     assert [images.shape[2] for images in batches] == 6 * [18] + 14 * [24]
     whole = utils.to_float(nb.resample_split(split, nb.TUNED).images)

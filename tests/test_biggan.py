@@ -93,12 +93,3 @@ def test_strips_show_each_image_above_its_t(nb, size):
     for axis in figure.axes:
         assert f"{axis.images[0].get_array().mean():.2f}" == axis.get_xlabel()
     nb.plt.close(figure)
-
-
-def test_the_distance_from_zero_noise_is_a_root_mean_square(nb):
-    found = nb.from_zero_noise(DRAWS, "one", 0.5)
-    pairs = nb.truncated_noise(40, 3, 0.5, seed=6).view(20, 2, 3)
-    for method in (nb.slerp, nb.lerp):
-        middles = [method(a, b, torch.tensor([0.5]))[0] for a, b in pairs]
-        expected = 127.5 * 0.5 * torch.stack(middles).square().mean(1).sqrt()
-        assert_close(found[method.__name__], expected)

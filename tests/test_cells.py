@@ -1,11 +1,9 @@
 """Cells of the notebook that no other test executes, with made-up models and data."""
 
 import ast
-import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,7 +129,7 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
             channels = 32 if "half the channels" in row else 64
             assert all(recipe.channels == channels for recipe in recipes)
             assert all(recipe.grow for recipe in recipes)
-            assert trial.args[-1].steps == len(splits["street"][0]) // 64
+            assert trial.args[-1].steps_per_epoch == len(splits["street"][0]) // 64
     assert len(handed) >= 6
     name, best = BEST[step]
     assert names[name] == best
@@ -165,7 +163,7 @@ def test_two_heads_are_trained_by_the_chosen_kind_with_passes_over_svhn(nb, hand
         assert setting.recipes == (recipes if kind == "selected" else suggested)
         assert setting.batch_norm == ("per domain" if kind == "selected" else "mixed")
         assert (setting.test is None) == (seed == 1)
-        assert plan.steps == len(svhn.train) // (64 if kind == "selected" else 128)
+        assert plan.steps_per_epoch == len(svhn.train) // (64 if kind == "selected" else 128)
         assert plan.seed == seed
     assert len(handed) == 3
 
@@ -179,6 +177,7 @@ def test_the_fair_setting_has_batches_of_64_and_a_norm_for_each_half(nb, handed,
     given |= {"selected_setting": baseline, "small_recipes": (nb.STRONG, nb.HOUSE_NUMBERS)}
     run_cell(nb, 'title="1 (d)"', **given)
     for (kind, name, _), task in handed.items():
+        assert task.args[-1].steps_per_epoch == (2 if kind == "selected" else 1)
         if kind != "fair":
             continue
         if name == "two heads":
@@ -186,7 +185,13 @@ def test_the_fair_setting_has_batches_of_64_and_a_norm_for_each_half(nb, handed,
             assert len(task.args[0].train[0]) == 50
         else:
             assert task.args[2] == replace(nb.BASELINE, batch_size=64)
-    assert len(handed) == 9
+    for name in ("handwritten", "street", "two heads"):  # they differ in their steps alone
+        brief, selected = handed["brief", name, 0].args, handed["selected", name, 0].args
+        assert len(brief) == len(selected)
+        assert getattr(brief[0], "recipes", brief[2:3]) == getattr(
+            selected[0], "recipes", selected[2:3]
+        )
+    assert len(handed) == 12
 
 
 def test_results_of_b_are_of_test_images(nb, tables, tasks):
@@ -248,13 +253,14 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
         small[kind, "handwritten", 0] = Guess(1 + more), []
         small[kind, "street", 0] = Guess(2 + more), []
         small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
-    given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": {}}
+    trials = {("street", "strong"): 60.0}
+    given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": trials}
     given["SMALL_SETTINGS"] = {"baseline": setting, "selected": setting}
-    given["STEPS_OF"] = {"baseline": 1}
     names = run_cell(nb, "# @title Results of (d)", **given)
     found = names["small_acc"]
     stored = names["results"]["few_samples"]["test_acc"]["baseline"]["two heads"]
     assert stored == [pytest.approx([87]), pytest.approx([86])]
+    assert names["results"]["few_samples"]["validation"]["street"] == {"strong": 60.0}
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]
     assert found["selected", "two heads"].tolist() == [pytest.approx([97, 96])]
     assert found["baseline", "two heads"].tolist() == [pytest.approx([87, 86])]
@@ -313,7 +319,7 @@ def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     asked = nb.Embedded(queries, DIGITS.test.labels)
     points = {"svhn pool": nb.Embedded(z, pool.labels), "mnist test": asked}
     given = {"points": points, "street_pool": pool, "mnist": DIGITS}
-    names = run_cell(nb, "gallery_z, gallery_images =", **given)
+    names = run_cell(nb, "# @title Choosing the queries of the figure", **given)
     _, gallery = nb.draw_indices(0, len(DIGITS.test), 2_500)
     hits = nb.top1_hits(asked, nb.Embedded(z[gallery], pool.labels[gallery]))
     assert names["wrong_queries"].tolist() == (~hits).nonzero().flatten().tolist()
@@ -350,14 +356,6 @@ def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
     for method in (nb.slerp, nb.lerp):
         strip = names["one_class"][f"{names['ONE_CLASS']}, {method.__name__}"][:, :, 0, 0]
         assert_close(strip, names["TRUNCATION"] * nb.interpolate(start, end, method))
-
-
-def test_the_table_of_the_spiral_has_the_angle_of_a_step(nb, tables):
-    run_cell(nb, "same_matrix = []")
-    (frame,) = tables
-    for alpha, turn in zip(frame["α"], frame["steps per turn"], strict=True):
-        angles = np.angle(np.linalg.eigvals(nb.update_matrix(float(alpha))))
-        assert turn == f"{2 * math.pi / abs(angles[0]):.1f}"
 
 
 def assigned_and_needed(source):

@@ -6,11 +6,13 @@ tested in test_parallel.py.
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ class Loader(Source):
     @torch.no_grad()
     def epoch(self, number, steps):
         for step in range(steps):
-            yield self.augment(self.images, utils.epoch_generator(0, number))
+            yield self.augment(self.images, utils.random_stream(0, number))
 
 def times(factor):
     def scale(x):
@@ -140,7 +142,7 @@ def student_key(folder, text):
         ("smoothing: float = 0.1", "smoothing: float = 0.2"),  # a recipe
         ("    @torch.no_grad()\n", ""),  # a decorator
         ("arange(12.0)", "arange(12.0).flip(0)"),  # the data
-        ("utils.epoch_generator(0,", "utils.epoch_generator(1,"),  # the loader
+        ("utils.random_stream(0,", "utils.random_stream(1,"),  # the loader
         ("partial(loader.epoch, steps=2)", "lambda n: loader.epoch(n, 2)"),  # a lambda instead
     ],
 )
@@ -172,6 +174,10 @@ def test_values_of_all_kinds_have_keys_of_their_own():
         *[zeros, zeros.view(2, 1), zeros.double(), zeros.bfloat16(), zeros + 1, torch.tensor(1)],
         *[torch.zeros(2, requires_grad=True), np.zeros(2), np.ones(2), np.float32(0)],
         *[np.float64(0.1), len, int, float, torch.relu, torch.tanh, "a".join, "b".join],
+        *[np.sin, np.tanh, re.compile("a"), re.compile("b"), {1: 2}.keys(), {3: 2}.keys()],
+        *[{1: 2}.values(), {1: 2}.items(), MappingProxyType({1: 2}), MappingProxyType({1: 3})],
+        *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
+        *[np.random.default_rng(1), np.random.default_rng(2)],
     ]
     keys = [utils.fingerprint(value) for value in values]
     assert len(set(keys)) == len(values)
@@ -245,3 +251,30 @@ def test_a_function_of_utils_counts(monkeypatch):
     key = utils.fingerprint(batches)
     monkeypatch.setattr(utils, "to_float", lambda images: images / 255)
     assert utils.fingerprint(batches) != key
+
+
+def test_only_what_is_read_by_a_dotted_name_of_utils_counts(monkeypatch):
+    def fitted(classifier):
+        return classifier.fit(utils.CHOICES)
+
+    key = utils.fingerprint(fitted)
+    monkeypatch.setattr(utils, "fit", None)  # another object's method has that name
+    assert utils.fingerprint(fitted) == key
+    monkeypatch.setattr(utils, "CHOICES", {})
+    assert utils.fingerprint(fitted) != key
+
+
+def test_a_module_within_a_package_of_ours_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "course").mkdir()
+    (tmp_path / "course" / "__init__.py").write_text("from course import losses\n")
+    (tmp_path / "course" / "losses.py").write_text("def loss(x):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    course = importlib.import_module("course")
+
+    source = "def loss_fn(x):\n    return course.losses.loss(x)"
+    namespace = {"course": course, "__name__": "__main__"}
+    exec(source, namespace)
+    loss_fn = namespace["loss_fn"]
+    key = utils.fingerprint(loss_fn)
+    monkeypatch.setattr(course.losses, "loss", lambda x: -x)
+    assert utils.fingerprint(loss_fn) != key

@@ -115,7 +115,7 @@ def test_parquet_files_are_read_in_order_and_again_only_after_a_change(small_svh
     assert same(data.train, train)
     assert same(data.test, test)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "decode_parquet", lambda _: pytest.fail("decoded twice"))
+        patch.setattr(utils.pd, "read_parquet", lambda *_, **__: pytest.fail("decoded twice"))
         assert same(utils.load_svhn().train, train)
     changed = train.take(range(39, 24, -1))
     as_parquet(root / "train-1.parquet", changed)
@@ -153,22 +153,22 @@ def test_a_malformed_file_is_named_and_never_used(fault, small_svhn):
 @pytest.mark.parametrize("damage", ["cut", "one bit"])
 def test_a_damaged_cache_is_made_again(damage):
     train = noise_split(40)
-    utils.load_cached("toy", lambda: train, "key")
+    utils.load_or_make("toy", lambda: train, "key")
     (path,) = utils.runs_folder().iterdir()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content[:3000] if damage == "cut" else content)
-    assert same(utils.load_cached("toy", lambda: train, "key"), train)
-    assert same(utils.load_cached("toy", lambda: pytest.fail("made twice"), "key"), train)
+    assert same(utils.load_or_make("toy", lambda: train, "key"), train)
+    assert same(utils.load_or_make("toy", lambda: pytest.fail("made twice"), "key"), train)
 
 
 def test_a_cache_belongs_to_its_key_and_a_run_goes_on_without_one(tmp_path, monkeypatch, capsys):
     one, other = noise_split(seed=1), noise_split(seed=2)
-    assert same(utils.load_cached("toy", lambda: one, "a", "b"), one)
-    assert same(utils.load_cached("toy", lambda: other, "a", "c"), other)
+    assert same(utils.load_or_make("toy", lambda: one, "a", "b"), one)
+    assert same(utils.load_or_make("toy", lambda: other, "a", "c"), other)
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("A3_RUNS", str(tmp_path / "file"))
-    assert same(utils.load_cached("toy", lambda: one, "a"), one)
+    assert same(utils.load_or_make("toy", lambda: one, "a"), one)
     assert "cannot be written" in capsys.readouterr().out
 
 
@@ -227,7 +227,7 @@ def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch)
     assert describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
 
 
-def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_path):
+def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_path, capsys):
     def missing(*_, **__):
         raise ImportError("Missing optional dependency 'pyarrow'.")
 
@@ -236,5 +236,12 @@ def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_pa
     (tmp_path / "svhn" / "test-0.parquet").write_bytes(b"some bytes")
     monkeypatch.setattr(utils.pd, "read_parquet", missing)
     monkeypatch.setattr(utils, "fetch_first", lambda *_: pytest.fail("a download"))
-    with pytest.raises(ImportError, match="pyarrow"):
+    with pytest.raises(utils.DataError, match="pyarrow"):
         utils.real_svhn("test")
+
+    monkeypatch.setenv("A3_DATA", "auto")
+    monkeypatch.setenv("A3_PROFILE", "short")
+    monkeypatch.setattr(utils, "svhn_stand_in", stand_in := lambda: utils.mnist_stand_in())
+    data = utils.real_or_stand_in("SVHN", lambda _: utils.real_svhn("test"), stand_in)
+    assert not data.real
+    assert "pyarrow" in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
     marks = torch.arange(256)  # an image or feature is its own number
     digits = utils.Split(marks.to(torch.uint8).view(-1, 1, 1, 1), marks % 10)
     street = nb.Embedded(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
-    plan = utils.Plan("x", epochs=2, steps=3, seed=1)
+    plan = utils.Plan("x", epochs=2, steps_per_epoch=3, seed=1)
     loader = nb.TripletLoader(digits, street, nb.BASELINE, plan)
     batches = [*loader.epoch(0), *loader.epoch(1)]
     assert len(batches) == 6
@@ -186,7 +186,7 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
 def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, monkeypatch, name):
     handed = []
     monkeypatch.setattr(utils, "fit", lambda *arguments: handed.extend(arguments))
-    variant, plan = nb.VARIANTS[name], utils.Plan("x", epochs=2, steps=3, seed=1)
+    variant, plan = nb.VARIANTS[name], utils.Plan("x", epochs=2, steps_per_epoch=3, seed=1)
     model, _ = nb.train_embedding(variant, nb.StreetClassifier(), data, plan)
     _, _, batches, loss_fn, done = handed
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
@@ -205,7 +205,7 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
 def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(nb, data):
     torch.manual_seed(0)
     network = nb.StreetClassifier()
-    plan = utils.Plan("x", epochs=2, steps=9, seed=1)
+    plan = utils.Plan("x", epochs=2, steps_per_epoch=9, seed=1)
     utils.seed_torch(plan.seed)
     before = copy.deepcopy(nb.JointEmbedding(network, nb.BASELINE).state_dict())
     model, history = nb.train_embedding(nb.VARIANTS["semi-hard"], network, data, plan)

@@ -32,7 +32,9 @@ def rows(split):
 
 @pytest.mark.parametrize(("size", "steps"), [(200, 3), (65, 9), (30, 2)])
 def test_batches_are_full_and_show_every_image_equally_often_with_its_label(nb, size, steps):
-    loader = nb.Loader(marked(size), nb.BASELINE, 64, utils.Plan("x", epochs=9, steps=steps))
+    loader = nb.Loader(
+        marked(size), nb.BASELINE, 64, utils.Plan("x", epochs=9, steps_per_epoch=steps)
+    )
     batches = list(loader.epoch(3))
     assert [len(images) for images, _ in batches] == [64] * steps
     for images, labels in batches:
@@ -43,7 +45,7 @@ def test_batches_are_full_and_show_every_image_equally_often_with_its_label(nb, 
 
 def test_order_is_random_the_same_again_and_another_in_each_pass_epoch_and_seed(nb):
     def orders(seed, epoch):
-        plan = utils.Plan("x", epochs=9, steps=2, seed=seed)
+        plan = utils.Plan("x", epochs=9, steps_per_epoch=2, seed=seed)
         batches = nb.Loader(marked(99), nb.BASELINE, 99, plan).epoch(epoch)
         return [marks(images) for images, _ in batches]
 
@@ -55,7 +57,7 @@ def test_order_is_random_the_same_again_and_another_in_each_pass_epoch_and_seed(
 
 def test_a_loader_augments_by_its_recipe_and_only_by_it_and_each_batch_anew(nb):
     split, index = noise_split(40), torch.tensor([7, 3, 31])
-    plan = utils.Plan("x", epochs=2, steps=2)
+    plan = utils.Plan("x", epochs=2, steps_per_epoch=2)
     plain, labels = nb.Loader(split, nb.BASELINE, 8, plan).batch(index, seeded())
     assert torch.equal(plain, utils.to_float(split.images[index]))
     assert labels.tolist() == [7, 3, 1]
@@ -86,12 +88,15 @@ RECIPE = {"lr": 3e-3, "schedule": "onecycle", "weight_decay": 0.2, "smoothing": 
 
 def assert_follows(plan, loss_fn, smoothing):
     assert (plan.lr, plan.schedule, plan.weight_decay) == (3e-3, "onecycle", 0.2)
-    assert (plan.epochs, plan.steps, plan.seed) == (7, 5, 4)
+    assert (plan.epochs, plan.steps_per_epoch, plan.seed) == (7, 5, 4)
     assert loss_fn.keywords["smoothing"] == smoothing
 
 
 def test_a_single_task_training_follows_its_recipe_and_only_watches_the_test_set(nb, handed):
-    recipe, plan = nb.Recipe(**RECIPE, batch_size=32), utils.Plan("x", epochs=7, steps=5, seed=4)
+    recipe, plan = (
+        nb.Recipe(**RECIPE, batch_size=32),
+        utils.Plan("x", epochs=7, steps_per_epoch=5, seed=4),
+    )
     model, batches, loss_fn, done = handed(nb.train_single, marked(90), marked(20), recipe, plan)
     assert_follows(done, loss_fn, smoothing=0.1)
     assert [len(labels) for _, labels in batches(0)] == [32] * 5
@@ -103,7 +108,7 @@ def test_a_single_task_training_follows_its_recipe_and_only_watches_the_test_set
 def test_multi_task_batches_are_64_and_64_each_half_with_its_own_labels_and_order(nb, handed):
     recipes = (nb.Recipe(smoothing=0.3), nb.Recipe(**RECIPE))
     tasks = nb.TwoTasks((marked(200), marked(200, shift=3)), None, recipes, "mixed")
-    plan = utils.Plan("x", epochs=7, steps=5, seed=4)
+    plan = utils.Plan("x", epochs=7, steps_per_epoch=5, seed=4)
     _, batches, loss_fn, done = handed(nb.train_multi, tasks, plan)
     assert_follows(done, loss_fn, smoothing=[0.3, 0.1])
     assert done.evaluate is None
@@ -161,7 +166,7 @@ def test_few_samples_train_all_three_models_on_the_same_samples(nb):
     splits = (shuffled(200), noise_split(300, seed=5))
     tests = (marked(40), marked(30))
     recipes = (nb.TUNED, nb.HOUSE_NUMBERS)
-    plan = utils.Plan("few", epochs=3, steps=2, seed=4)
+    plan = utils.Plan("few", epochs=3, steps_per_epoch=2, seed=4)
     setting = nb.TwoTasks(splits, tests, recipes, "per domain")
     few = nb.few_samples(setting, 50, seed=4, watched=True)
     trainings = nb.three_trainings(few, plan, ("x", "y"))
@@ -187,7 +192,7 @@ def test_a_recipe_is_validated_on_held_out_images_and_without_the_test_set(nb, m
 
     seen = []
     monkeypatch.setattr(nb, "train_single", lambda *all_of: (Guess(1, 1), seen.extend(all_of)))
-    plan = utils.Plan("x", epochs=1, steps=1)
+    plan = utils.Plan("x", epochs=1, steps_per_epoch=1)
     fit_on, held_out = marked(60), marked(30, shift=1)
     held_out = utils.Split(held_out.images, torch.cat([marked(24).labels, held_out.labels[24:]]))
     assert nb.validation_accuracy(fit_on, held_out, nb.STRONG, plan) == pytest.approx(80)

@@ -147,6 +147,7 @@ def test_no_more_trainings_than_memory_holds_run_at_a_time(monkeypatch):
     [
         ("0::/docker/1f2a", "memory.max"),  # as in the container
         ("0::/docker/1f2a", "docker/1f2a/memory.max"),  # as on its host
+        ("0::/docker/1f2a", "docker/memory.max"),  # a group around it
         ("4:cpu:/\n3:memory:/a3", "memory/a3/memory.limit_in_bytes"),  # version 1
     ],
 )
@@ -186,7 +187,7 @@ def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
         asked.update(settings)
         return ThreadPoolExecutor(settings["max_workers"])
 
-    def result_and_stored_names(task):
+    def result_and_reused_names(task):
         return task(), ["SVHN, seed 1"]
 
     def after(seconds):
@@ -194,11 +195,11 @@ def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
         return seconds
 
     monkeypatch.setattr(utils, "get_reusable_executor", executor)
-    monkeypatch.setattr(utils, "result_and_stored_names", result_and_stored_names)
+    monkeypatch.setattr(utils, "result_and_reused_names", result_and_reused_names)
     monkeypatch.setenv("A3_RUNS", "elsewhere")
     utils.start_run("tiny", "noise")
     tasks = {seconds: partial(after, seconds) for seconds in (0.4, 0.0, 0.2, 0.1)}
     made = utils.run_in_processes(tasks, 2)
     assert list(made.items()) == [(seconds, seconds) for seconds in tasks]
     assert asked["env"]["A3_RUNS"] == "elsewhere"
-    assert utils.stored_trainings() == ["SVHN, seed 1"]
+    assert utils.reused_trainings() == ["SVHN, seed 1"]

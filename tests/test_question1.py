@@ -35,7 +35,7 @@ def test_the_trunk_is_the_starters_base_cnn_and_a_head_has_one_hidden_layer(nb):
 def test_a_recipe_with_half_the_channels_halves_every_layer_of_the_trunk(nb, kind):
     recipe = nb.Recipe(channels=32)
     split = noise_split(20, 20)
-    plan = utils.Plan("narrow", epochs=1, steps=1)
+    plan = utils.Plan("narrow", epochs=1, steps_per_epoch=1)
     single, _ = nb.train_single(split, None, recipe, plan)
     two_heads = nb.TwoHeads(kind, [recipe, recipe])
     for model in (single, two_heads.task(0), two_heads.task(1)):
@@ -155,7 +155,9 @@ def test_a_single_task_training_learns_and_moves_all_weights(nb):
     data = patterns(384, seed=0)
     train, test = data.first(256), data.take(range(256, 384))
     recipe = nb.Recipe(batch_size=32, lr=1e-2, schedule="onecycle", smoothing=0.1)
-    model, history = nb.train_single(train, test, recipe, utils.Plan("x", 3, steps=8, seed=5))
+    model, history = nb.train_single(
+        train, test, recipe, utils.Plan("x", 3, steps_per_epoch=8, seed=5)
+    )
     assert history[-1]["test_acc"] > 95
     assert history[-1]["test_acc"] == nb.evaluate_split(model, test)["test_acc"]
     utils.seed_torch(5)
@@ -170,7 +172,7 @@ def test_a_training_depends_on_the_seed_of_its_plan_alone(nb, monkeypatch, tmp_p
     def weights(seed, before):
         torch.manual_seed(before)  # what ran before does not count
         monkeypatch.setenv("A3_RUNS", str(tmp_path / f"{seed} {before}"))  # no checkpoint
-        plan = utils.Plan("x", epochs=2, steps=2, seed=seed)
+        plan = utils.Plan("x", epochs=2, steps_per_epoch=2, seed=seed)
         if models == "one task":
             model, _ = nb.train_single(split, None, recipe, plan)
         else:
@@ -189,7 +191,7 @@ def test_a_multi_task_training_learns_both_tasks_and_moves_all_weights(nb, kind)
     test = tuple(part.take(range(256, 384)) for part in data)
     recipe = nb.Recipe(lr=1e-2, schedule="onecycle")
     tasks = nb.TwoTasks(train, test, (nb.BASELINE, recipe), kind)
-    model, history = nb.train_multi(tasks, utils.Plan("x", epochs=4, steps=8))
+    model, history = nb.train_multi(tasks, utils.Plan("x", epochs=4, steps_per_epoch=8))
     for number, role in enumerate(ROLES):
         last = nb.task_history(history, role)[-1]
         own = nb.evaluate_split(model.task(number), test[number])

@@ -60,9 +60,9 @@ def batch_of(split: utils.Split, step: int) -> tuple[Tensor, Tensor]:
     """The batch of one step, the same in a resumed run; each epoch has its own order."""
     steps_an_epoch = len(split) // BATCH
     epoch, place = divmod(step, steps_an_epoch)
-    order = torch.randperm(len(split), generator=utils.epoch_generator(ORDER_SEED, epoch))
+    order = torch.randperm(len(split), generator=utils.random_stream(ORDER_SEED, epoch))
     index = order[place * BATCH : (place + 1) * BATCH]
-    generator = utils.epoch_generator(AUGMENTATION_SEED, step)  # by step, in place of an epoch
+    generator = utils.random_stream(AUGMENTATION_SEED, step)  # by step, in place of an epoch
     images = augmented(utils.to_float(split.images[index]), generator)
     return images.contiguous(memory_format=torch.channels_last), split.labels[index]
 
