@@ -85,6 +85,36 @@ def test_a_short_training_makes_color_images_gray(bench):
         assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
+def test_after_the_first_epoch_a_share_of_the_images_is_hard(bench):
+    order = torch.arange(1_000)
+    is_hard = order % 10 == 3
+    mixed = bench.with_hard_images(order, is_hard, 0.5, seeded())
+    replaced = mixed != order
+    assert is_hard[mixed[replaced]].all()
+    assert 400 < replaced.sum() < 500  # half of the places, and some had a hard image before
+    counts = torch.bincount(mixed, minlength=1_000)[is_hard]
+    assert counts.min() >= 4 and counts.max() <= 7  # every hard image comes as often
+
+
+def test_images_are_hard_by_their_loss_in_the_first_epoch(bench, monkeypatch):
+    found = []
+
+    def with_hard_images(order, is_hard, share, generator):
+        found.append(is_hard.clone())
+        return order
+
+    monkeypatch.setattr(bench, "with_hard_images", with_hard_images)
+    labels = torch.zeros(64, dtype=torch.int64)
+    labels[::4] = 5  # rare, so hard
+    images = utils.Split(noise_split(64).images, labels)
+    recipe = bench.ShortRecipe(side=18, batch_size=32, hard_share=0.5)
+    bench.short_training(images, recipe, 1.0, seed=0)
+    assert found == []
+    bench.short_training(images, recipe, 2.0, seed=0)
+    (is_hard,) = found
+    assert is_hard[labels == 5].float().mean() > is_hard[labels == 0].float().mean()
+
+
 def test_the_quick_gray_is_the_notebooks_to_one_level(bench):
     split = noise_split(64, channels=3)
     exact = bench.definitions.gray(split).images
