@@ -1848,7 +1848,9 @@ MACRO_NAME = r"\{?\\\w+\}?"
 MACRO_ARGUMENTS = r"[^{}]*"  # [1], #1
 # A macro's definition in a formula, e.g. \newcommand{\R}{\mathbb{R}}.
 MACRO_DEFINITION = MACRO_COMMAND + r"\s*" + MACRO_NAME + MACRO_ARGUMENTS + BRACES
-FORMULA_MARK = r"⟦formula (\d+)⟧"  # stands in HTML and Typst text where a formula will be
+# What stands in HTML and Typst text where a formula will be; no cell holds such a word.
+FORMULA_WORD = f"formula{os.urandom(8).hex()}"
+FORMULA_MARK = rf"⟦{FORMULA_WORD} (\d+)⟧"
 
 
 @dataclass
@@ -1943,9 +1945,10 @@ class TypstPDFExporter(HTMLExporter):
                 part.soup.insert(0, listing)
             home = appendix if "cell-in-appendix" in cell.metadata.tags else body
             home.append(part)
+        appendix = [part for part in appendix if part.soup.find(True)]  # without empty ones
         self.mend_links([part.soup for part in body + appendix])
         head = self.make_head(body)  # takes the title out of the body
-        return [head, *body], [part for part in appendix if part.soup.find(True)]
+        return [head, *body], appendix
 
     def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
@@ -2041,7 +2044,7 @@ class TypstPDFExporter(HTMLExporter):
     def mark_formula(self, tex: str, is_block: bool = False) -> str:
         """Keep a formula for later; returns the mark of its place."""
         self.formulas.append(Formula(self.cell_number, tex, is_block))
-        return f"⟦formula {len(self.formulas) - 1}⟧"
+        return f"⟦{FORMULA_WORD} {len(self.formulas) - 1}⟧"
 
     def mark_environment(self, name: str, body: str) -> str:
         r"""The same for \begin{align} and its like."""
@@ -2159,17 +2162,19 @@ class TypstPDFExporter(HTMLExporter):
         parts = body + appendix
         self.convert_parts(parts)
         content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is None and not refuses_pdf_a(problem):
-            self.repair(parts)  # the text is not valid Typst
+        if content is not None:
+            return content
+        if not refuses_pdf_a(problem):  # the text is not valid Typst
+            self.repair(parts)
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is None:  # PDF/A is refused, or the repair was not enough
-            content = self.plain_pdf(body, appendix, problem)
-        return content
+        if content is not None:
+            return content
+        return self.plain_pdf(body, appendix, problem)
 
     def plain_pdf(self, body: list[Part], appendix: list[Part], problem: str) -> bytes:
         """A PDF that is no PDF/A, with the names of symbols that no font has.
 
-        `problem` is why PDF/A was refused. Raises RuntimeError where this cannot be set, either.
+        `problem` is why there is no PDF/A. Raises RuntimeError where this cannot be set, either.
         """
         rules = symbol_rules(self.note_missing_letters(problem, body + appendix))
         content, problem = self.compile_typst(rules + join_parts(body, appendix))
@@ -2318,10 +2323,12 @@ def pandoc(text: str, from_format: str) -> str:
 
 
 def on_one_line(tex: str) -> str:
-    """A formula without comments and line breaks."""
+    """A formula without comments, line breaks and the old form of fonts."""
     # A percent sign after an odd number of backslashes is no comment: \\% is a line break's.
     without_comments = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", tex)
-    return " ".join(without_comments.split())
+    # {\rm abc} holds for all letters; of OUR_MACROS, \rm would take the first one alone.
+    with_new_fonts = re.sub(r"\{\\(rm|bf|cal)\s+([^{}]*)\}", r"\\math\1{\2}", without_comments)
+    return " ".join(with_new_fonts.split())
 
 
 def typst_string(text: str) -> str:

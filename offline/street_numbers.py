@@ -150,7 +150,10 @@ def _random_sign(rng: torch.Generator, n: int) -> _Signboard:
 
 
 def _choose_glyphs(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5)."""
+    """Glyphs in the five places around the target (n x 5) and which of them exist (n x 5).
+
+    A digit three places away is left out: it would seldom lie within the crop.
+    """
     n = len(labels)
     share = torch.tensor(_LENGTH_SHARES)
     length = torch.multinomial(share, n, replacement=True, generator=rng) + 1
@@ -201,11 +204,11 @@ class _Places(NamedTuple):
     right: Tensor  # n x 1 x 1, where it ends
 
 
-def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places:
-    """The five places around the target, for digits of the half widths `half` (n x 5)."""
-    n = len(half)
+def _place_digits(rng: torch.Generator, half_widths: Tensor, exists: Tensor) -> _Places:
+    """The five places around the target, for digits of given half widths (n x 5)."""
+    n = len(half_widths)
     gap = _uniform(rng, -0.02, 0.2, n, 1) + 0.1 * _normal(rng, 1.0, n, 1).clamp(min=0)
-    step = half[:, :-1] + half[:, 1:] + gap  # between neighboring centers
+    step = half_widths[:, :-1] + half_widths[:, 1:] + gap  # between neighboring centers
     far_left, near_left, near_right, far_right = step.split(1, dim=1)
     target = torch.zeros(n, 1)
     center = torch.cat(
@@ -215,8 +218,8 @@ def _place_digits(rng: torch.Generator, half: Tensor, exists: Tensor) -> _Places
     drop = _normal(rng, 0.02, n, 5) + stairs
     drop[:, 2] = 0
     far = 9.0  # digit heights: beyond any digit
-    begin = torch.where(exists, center - half, far).amin(1)
-    end = torch.where(exists, center + half, -far).amax(1)
+    begin = torch.where(exists, center - half_widths, far).amin(1)
+    end = torch.where(exists, center + half_widths, -far).amax(1)
     return _Places(center, drop, begin.view(n, 1, 1), end.view(n, 1, 1))
 
 
@@ -286,7 +289,7 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
     most_lowered = 0.25 * half_stroke
     most_raised = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
     above_lowest = _uniform(rng, 0, 1, n, 1, 1) * (most_lowered + most_raised)
-    field = field + above_lowest - most_lowered
+    field = field + above_lowest - most_lowered  # by -most_lowered to most_raised
     return _HouseNumber(field, places.left, places.right)
 
 
@@ -387,7 +390,7 @@ def _add_relief(
     """On a third of the crops a soft shadow, like the side of a raised digit; on one in seven a
     bright copy on the opposite side."""
     n = len(field)
-    reach = _uniform(rng, 0.04, 0.22, n, 1, 1)
+    reach = _uniform(rng, 0.04, 0.22, n, 1, 1)  # in half images, as `_shift` takes it
     towards = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     dx, dy = reach * towards.cos(), reach * towards.sin()
     sharpness = _uniform(rng, 0.3, 1.0, n, 1, 1)

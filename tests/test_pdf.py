@@ -174,6 +174,17 @@ def test_formulas_that_students_use_are_set():
     assert not re.search(r"\\[a-z]|rgb\(|DejaVu|sect|circle|⟦", pdf.text)
 
 
+def test_the_old_form_of_fonts_holds_for_all_letters():
+    old, new = export(md(r"$x_{\rm abc}$")), export(md(r"$x_{\mathrm{abc}}$"))
+    assert old.text == new.text
+    assert old.notices == new.notices
+
+
+def test_a_typed_mark_is_no_formula():
+    pdf = export(md("the words ⟦formula 7⟧ and $x$"))
+    assert "formula 7" in pdf.text
+
+
 def test_a_formula_that_cannot_be_set_costs_no_other():
     broken = [r"\nosuchmacro{x}", r"\frac{a}{b", r"{a\over{b}}"]
     pdf = export(*[md(f"w{n} ${tex}$, $a \\odot b$ end") for n, tex in enumerate(broken)])

@@ -218,14 +218,16 @@ class Console:
 
     def write(self, text: str) -> None:
         """Take the next piece of what the kernel prints, of any length."""
-        *finished, self.unfinished = (self.unfinished + text).split("\n")
+        *finished, rest = (self.unfinished + text).split("\n")
+        self.unfinished = ""
         for line in finished:
             self.print_line(visible(line))
+        self.unfinished = rest
         if not self.bar:
             self._show(self.unfinished)
 
     def print_line(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above what is in progress."""
         self._put(text + "\n")
         self._show(self.bar or self.unfinished)
 
