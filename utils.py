@@ -2061,7 +2061,9 @@ class TypstPDFExporter(HTMLExporter):
         def mark(found: re.Match) -> str:
             return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
 
-        return re.sub(r"(\$\$?)([^$<>]+)\1(?!\d)", mark, html)  # but not a price: $5 to $6
+        # Not a price, as in "$5 to $6" and in "$5 and $x$": what begins without a space ends without.
+        tex = r"\s[^$<>]+|[^$<>\s](?:[^$<>]*[^$<>\s])?"
+        return re.sub(rf"(\$\$?)({tex})\1(?!\d)", mark, html)
 
     def make_head(self, body: list[Part]) -> Part:
         """Course, title (taken out of the body) and the values of the name cell.

@@ -69,6 +69,8 @@ def export(*cells: dict, folder: Path = ROOT) -> Exported:
 
 MARKDOWN = {
     "<div>\nthe rate $\\alpha$ and $$x^2$$\n</div>": "the rate α and x2",
+    "<div>costs $5 and $\\beta$ holds</div>": "costs $5 and β holds",
+    "<div>so $ \\gamma $ and $5 to $6</div>": "so γ and $5 to $6",
     "inline $ x^2 + \\alpha $ here": "inline x2 + α here",
     "<div class='alert'>my own answer</div>\n\n<details><summary>Why?</summary>\n\nbecause of "
     "*this*\n\n</details>": "my own answer Why? because of this",
