@@ -2061,7 +2061,7 @@ class TypstPDFExporter(HTMLExporter):
         def mark(found: re.Match) -> str:
             return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
 
-        # Not a price, as in "$5 to $6" and in "$5 and $x$": what begins without a space ends without.
+        # What begins without a space ends without: no price, as in "$5 to $6" or "$5 and $x$".
         tex = r"\s[^$<>]+|[^$<>\s](?:[^$<>]*[^$<>\s])?"
         return re.sub(rf"(\$\$?)({tex})\1(?!\d)", mark, html)
 
