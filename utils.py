@@ -764,9 +764,9 @@ def short_reason(error: Exception) -> str:
 def load_trained_g(model: nn.Module, street: DigitData, device: torch.device) -> str | None:
     """Fill `model`, the notebook's StreetClassifier, with trained weights, on `device`, eval mode.
 
-    This project's weights; for real SVHN the starter's published ones first. Each is tried on 1,000
-    training images of `street` and left out below 90 %; the reason is printed. Returns the origin
-    as half a sentence, or None when no weights can be used: `model` is then of no use.
+    This project's weights; for real SVHN the starter's published ones first. Each is tried on up to
+    1,000 training images of `street` and left out below 90 %; the reason is printed. Returns the
+    origin as half a sentence, or None when no weights can be used: `model` is then of no use.
     """
     candidates: dict[str, Callable[[nn.Module], None]] = {}
     if street.real:
@@ -878,7 +878,7 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """A generator, and why it is not a better one ("" where nothing failed).
+    """A generator, and why it is not BigGAN-deep-256 ("" if it is, or if it was named).
 
     With a name for `load_generator`: that one, or the error which `load_generator` raises. With
     'auto': BigGAN-deep in a full run (not with A3_DATA=embedded), else the digit BigGAN of
@@ -1100,7 +1100,7 @@ def fit(
     versions of packages and the code of `fit` itself do not count. An error or an interrupt loses
     the current epoch, and those that ended less than ten seconds after the last save.
 
-    Raises FloatingPointError when the loss is not finite.
+    Raises FloatingPointError when the loss is not finite, ValueError as `new_training`.
     """
     # What `fit` itself calls to make numbers; what `train_epoch` calls is followed from there.
     helpers = [new_training, seed_torch, seed_of_epoch]
@@ -1212,7 +1212,7 @@ def content_of(part: object) -> bytes | list:
     registered = copyreg.dispatch_table.get(type(part))
     try:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
-    except Exception:  # a lock, a file, a stream: nothing that decides a number
+    except Exception:  # a lock, a file, a stream; a generator that is half way counts for nothing
         return []
     if isinstance(reduced, str):  # the name of a global
         return [reduced]
@@ -1261,8 +1261,8 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # Its type, mode, children, own weights, and what its class added to the attributes of every
-    # module. Hooks do not count.
+    # Its type (with the module's name, which `digest` leaves out), mode, children, own weights, and
+    # what its class added to the attributes of every module. Hooks do not count.
     of_every_module = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -2169,8 +2169,8 @@ class TypstPDFExporter(HTMLExporter):
         if not refuses_pdf_a(problem):  # the text is not valid Typst
             self.repair(parts)
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
-        if content is not None:
-            return content
+            if content is not None:
+                return content
         return self.plain_pdf(body, appendix, problem)
 
     def plain_pdf(self, body: list[Part], appendix: list[Part], problem: str) -> bytes:
@@ -2186,7 +2186,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def convert_formulas(self) -> None:
         """Typst text of all formulas, by one call of pandoc, so that each knows all macros."""
-        sources = [on_one_line(formula.tex) for formula in self.formulas]
+        sources = [clean_tex(formula.tex) for formula in self.formulas]
         # pandoc reads a macro's definition outside of formulas only: all go to the front.
         macros = re.findall(MACRO_DEFINITION, " ".join(sources))
         numbered = []
@@ -2324,11 +2324,12 @@ def pandoc(text: str, from_format: str) -> str:
     return pypandoc.convert_text(text, "typst", from_format, options)
 
 
-def on_one_line(tex: str) -> str:
-    """A formula without comments, line breaks and the old form of fonts."""
-    # A percent sign after an odd number of backslashes is no comment: \\% is a line break's.
+def clean_tex(tex: str) -> str:
+    """A formula on one line, without comments and the old form of fonts."""
+    # \% is a percent sign. In \\% the backslashes are a line break, and a comment begins.
     without_comments = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", tex)
-    # {\rm abc} holds for all letters; of OUR_MACROS, \rm would take the first one alone.
+    # In {\rm abc} the \rm holds up to the brace. The macro of OUR_MACROS would take the a alone, its
+    # one argument.
     with_new_fonts = re.sub(r"\{\\(rm|bf|cal)\s+([^{}]*)\}", r"\\math\1{\2}", without_comments)
     return " ".join(with_new_fonts.split())
 
@@ -2494,15 +2495,15 @@ def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
     to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
     """
-    found = None if notebook else colab_notebook()
-    path, nb = found or saved_notebook(Path(notebook) if notebook else None)
+    opened = None if notebook else colab_notebook()
+    path, nb = opened or saved_notebook(notebook)
     pdf = Path(pdf) if pdf else path.with_name(path.name.removesuffix(".ipynb") + ".pdf")
     exporter = TypstPDFExporter()
     content, _ = exporter.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
     for text in exporter.notices:
         print(text)
     write_atomically(pdf, lambda temporary: temporary.write_bytes(content))
-    state = "as it is open" if found else "as last saved"
+    state = "as it is open" if opened else "as last saved"
     print(f"PDF of {path.name} {state}: {pdf.resolve()}")
     if in_colab():
         try:
@@ -2529,7 +2530,7 @@ def colab_notebook() -> tuple[Path, NotebookNode] | None:
     return None
 
 
-def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
+def saved_notebook(path: str | Path | None) -> tuple[Path, NotebookNode]:
     """A notebook's file: `path`, else the one that the kernel knows, else the folder's only one."""
     if path is None:
         here = sorted(Path.cwd().glob("*.ipynb"))
@@ -2545,4 +2546,5 @@ def saved_notebook(path: Path | None) -> tuple[Path, NotebookNode]:
                 "> .ipynb and upload it."
             )
         path = found[0]
+    path = Path(path)
     return path, nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)

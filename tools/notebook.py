@@ -156,7 +156,8 @@ def load_definitions(path: Path = NOTEBOOK) -> types.ModuleType:
     module.__file__ = f"<definitions of {path.name}>"
     lines = source.splitlines(keepends=True)
     linecache.cache[module.__file__] = (len(source), None, lines, module.__file__)
-    code = compile(source, module.__file__, "exec")
+    # Without this file's own `from __future__ import annotations`, as in the notebook.
+    code = compile(source, module.__file__, "exec", dont_inherit=True)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         exec(code, vars(module))
@@ -189,8 +190,9 @@ def sync(path: Path = NOTEBOOK) -> None:
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-utils"):
-        introduction = cell.source.partition("```")[0]
-        cell.source = f"{introduction}```python\n{function_source(source, SHOWN_FUNCTION)}\n```"
+        before, _, after = re.split(r"```(?:python)?\n", cell.source + "\n", maxsplit=2)
+        quoted = f"```python\n{function_source(source, SHOWN_FUNCTION)}\n```\n"
+        cell.source = f"{before}{quoted}{after}".rstrip("\n")
     tidy_and_save(notebook, path)
 
 
@@ -219,7 +221,7 @@ class Console:
     def write(self, text: str) -> None:
         """Take the next piece of what the kernel prints, of any length."""
         *finished, rest = (self.unfinished + text).split("\n")
-        self.unfinished = ""
+        self.unfinished = ""  # it begins the first of `finished`; print_line must not show it again
         for line in finished:
             self.print_line(visible(line))
         self.unfinished = rest
@@ -334,7 +336,7 @@ class StreamingClient(nbclient.NotebookClient):
             self.last_display = display
         if display == self.last_display:
             self.console.progress(text)
-        else:
+        elif text != before:
             self.console.print_line(text.removeprefix(before).strip())
 
 
@@ -404,7 +406,10 @@ def runs_folder_of(executed: Path) -> Path:
 
     Raises SystemExit where A3_RUNS is the project itself, whose figures/ is the committed run's.
     """
-    runs = ROOT / Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
+    chosen = Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
+    runs = (
+        ROOT / chosen
+    )  # a relative A3_RUNS counts from the project's folder, where the kernel runs
     if runs.resolve() == ROOT:
         raise SystemExit("A3_RUNS must be another folder than the project's own.")
     return runs
@@ -427,10 +432,10 @@ def clear_outputs(notebook: NotebookNode) -> NotebookNode:
 def drop_empty_outputs(notebook: NotebookNode) -> None:
     """Take out what shows nothing: a finished progress bar, a display that was never filled."""
     for cell in code_cells(notebook):
-        cell.outputs = [output for output in cell.outputs if shows_something(output)]
+        cell.outputs = [output for output in cell.outputs if output_shows_something(output)]
 
 
-def shows_something(output: NotebookNode) -> bool:
+def output_shows_something(output: NotebookNode) -> bool:
     """Whether an output is an error, or has text or data that is not empty."""
     if output.output_type == "error":
         return True
@@ -447,13 +452,13 @@ def failure_message(notebook: NotebookNode, error: nbclient.exceptions.CellExecu
     heading = ""
     for cell in notebook.cells:
         heading = heading_of(cell) or heading
-        if shows_an_error(cell):
+        if cell_has_error(cell):
             title = form_title(cell) or heading
             return f"Cell [{cell.execution_count}] ({title}) failed: {reason}"
     return reason
 
 
-def shows_an_error(cell: NotebookNode) -> bool:
+def cell_has_error(cell: NotebookNode) -> bool:
     """Whether a cell shows an error."""
     return any(output.output_type == "error" for output in cell.get("outputs", []))
 

@@ -1,6 +1,6 @@
 """Time to an accuracy: the starter's way against a short recipe for the same network.
 
-    make bench                minutes: the starter's time is the stored one, else extrapolated
+    make bench                minutes: the starter's time is the measured one, else extrapolated
     make bench ARGS=--full    the starter's 20 epochs are trained, 20 minutes for each data set
 
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
@@ -78,8 +78,7 @@ class ShortRecipe:
     lr: float = 2e-2  # peak of AdamW, for all other weights
     weight_decay: float = 0.05
     smoothing: float = 0.1
-    # The share of each batch, after the first epoch, taken from the images that were hard in it.
-    hard_share: float = 0.0
+    hard_share: float = 0.0  # see `with_hard_images`; from the second epoch on
 
 
 SHORT = {
@@ -160,7 +159,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(gradient: Tensor) -> Tensor:
-    """The nearest matrix with orthogonal rows, about; one row for each output channel.
+    """The nearest matrix with orthonormal rows, about; one row for each output channel.
 
     By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which bring all
     singular values near one, in bf16 where the processor is fast at it. There are no more rows than
@@ -278,7 +277,8 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         losses = F.cross_entropy(
             logits, train.labels[index], label_smoothing=recipe.smoothing, reduction="none"
         )
-        is_hard[index] = losses.detach() > losses.detach().median()
+        if recipe.hard_share and step < first_epoch:
+            is_hard[index] = losses.detach() > losses.detach().median()
         model.zero_grad()
         losses.mean().backward()
         for optimizer, schedule in zip(two_optimizers, schedules, strict=True):
