@@ -2328,8 +2328,7 @@ def clean_tex(tex: str) -> str:
     """A formula on one line, without comments and the old form of fonts."""
     # \% is a percent sign. In \\% the backslashes are a line break, and a comment begins.
     without_comments = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", tex)
-    # In {\rm abc} the \rm holds up to the brace. The macro of OUR_MACROS would take the a alone, its
-    # one argument.
+    # In {\rm abc} the \rm holds up to the brace. Its macro in OUR_MACROS has one argument, the a.
     with_new_fonts = re.sub(r"\{\\(rm|bf|cal)\s+([^{}]*)\}", r"\\math\1{\2}", without_comments)
     return " ".join(with_new_fonts.split())
 

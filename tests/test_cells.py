@@ -4,6 +4,7 @@ import ast
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,22 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
     assert len(handed) >= 6
     name, best = BEST[step]
     assert names[name] == best
+
+
+def test_the_cost_of_sharing_is_the_distance_to_single_models_with_as_many_channels(
+    nb, tables, tasks
+):
+    two_heads = {"per domain": None, "per domain, half the channels": None}
+    accuracies = {
+        "per domain": [[99.0, 93.0], [99.0, 95.0]],
+        "per domain, half the channels": [[98.0, 90.0], [98.0, 90.0]],
+        "one model each": [[99.0, 95.0], [99.0, 95.0]],
+        "one model each, half the channels": [[98.0, 92.5], [98.0, 92.5]],
+    }
+    given = {"sharing_acc": {row: np.array(pairs) for row, pairs in accuracies.items()}}
+    run_cell(nb, "# @title Table: ways to share", tasks=tasks, two_heads=two_heads, **given)
+    (frame,) = tables
+    assert frame["cost on SVHN, points"].tolist() == ["1.00", "2.50", "–", "–"]
 
 
 def test_the_stage_that_announces_the_time_is_the_first_one():

@@ -73,6 +73,7 @@ def test_take_and_first_give_the_images_asked_for_in_that_order():
     taken = split.take([3, 39, 3])
     assert torch.equal(taken.images, split.images[[3, 39, 3]])
     assert taken.labels.tolist() == [3, 9, 3]
+    assert same(split.take(np.array([3, 39, 3], dtype=np.uint8)), taken)  # no mask for torch
     assert same(split.first(7), split.take(torch.arange(7)))
     assert len(split.first(99)) == 40
     for wrong in ([40], [-1], [0.5], [True, False]):

@@ -250,3 +250,19 @@ def test_a_readme_whose_marks_are_missing_or_in_the_wrong_order_is_left_alone():
     for readme in ("S\n", "E\n", "E\nS\nb"):
         with pytest.raises(SystemExit, match="must hold the lines S and E"):
             tool.fill_readme(readme, "S", "new", "E")
+
+
+def test_definitions_are_executed_as_in_the_notebook(tmp_path):
+    cell = code("def f(x: Undefined):\n    return x", "definitions")
+    path = write_notebook(tmp_path / "one.ipynb", cell)
+    with pytest.raises(NameError, match="Undefined"):
+        tool.load_definitions(path)
+
+
+def test_sync_quotes_the_function_of_now_and_keeps_the_words_around_it(project):
+    (project / "utils.py").write_text("def new_training():\n    return 2\n", encoding="utf-8")
+    quotation = "Before\n\n```python\ndef new_training():\n    return 1\n```\n\nAfter"
+    cell = nbformat.v4.new_markdown_cell(quotation, metadata={"tags": ["quotes-utils"]})
+    path = write_notebook(project / "one.ipynb", code("", "helper-module"), cell)
+    tool.sync(path)
+    assert tool.read(path).cells[1].source == quotation.replace("return 1", "return 2")
