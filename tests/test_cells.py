@@ -147,7 +147,8 @@ def test_the_cost_of_sharing_is_the_distance_to_single_models_with_as_many_chann
         "one model each, half the channels": [[98.0, 92.5], [98.0, 92.5]],
     }
     given = {"sharing_acc": {row: np.array(pairs) for row, pairs in accuracies.items()}}
-    run_cell(nb, "# @title Table: ways to share", tasks=tasks, two_heads=two_heads, **given)
+    given |= {"tasks": tasks, "two_heads": two_heads, "svhn": tasks["street"]}
+    run_cell(nb, "# @title Table: ways to share", **given)
     (frame,) = tables
     assert frame["cost on SVHN, points"].tolist() == ["1.00", "2.50", "–", "–"]
 
