@@ -334,9 +334,9 @@ def wait_for_answer(url: str) -> None:
     certificate that cannot be verified is no reason to stop: other clients have other certificates.
     """
     request = urllib.request.Request(url, method="HEAD")
-    # The timeout of urlopen begins after the look-up of the server's name, which may hang. So
-    # urlopen runs in a thread, and we wait for its result. That timeout ends the thread some time
-    # later, as Python waits for all threads at its exit.
+    # The timeout of urlopen does not cover the look-up of the server's name, which may hang. So
+    # urlopen runs in a thread, and we wait for its result. It gets a timeout of its own, longer
+    # than our wait: Python waits for its threads when it exits, and a silent server would keep it.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -1322,8 +1322,8 @@ def module_of(part: FunctionType | type) -> str | None:
 def is_ours(module: object) -> bool:
     """Whether a module's name is the project's own: not Python's, not an installed package's.
 
-    A package without a file of its own (a namespace package) counts as the project's. So does None;
-    what else is no text is a compiled type's, and not the project's.
+    A package without a file of its own (a namespace package) counts as the project's, as does None.
+    Some compiled types have another thing than a string for __module__: they do not.
     """
     if not isinstance(module, str | None):
         return False
@@ -1367,9 +1367,11 @@ def code_within(code: CodeType) -> list[CodeType]:
 def used_globals(function: FunctionType) -> dict[str, object]:
     """The global values that `function` reads, by name.
 
-    Of a module of ours, such as utils, the attributes that it reads by a dotted name: utils.fit,
-    but not the fit of a variable that holds utils.
+    Of a module of ours, such as utils, the attributes that it reads by a dotted name: utils.fit. In
+    `u = utils; u.fit(...)` the fit is not seen.
     """
+    # utils.fit(x) is LOAD_GLOBAL utils, a module, which is not kept, then LOAD_ATTR fit, kept as
+    # "utils.fit".
     values = {}
     for code in code_within(function.__code__):
         name, value = "", None  # what the instruction before has read, if a global or its attribute
@@ -2061,9 +2063,10 @@ class TypstPDFExporter(HTMLExporter):
         def mark(found: re.Match) -> str:
             return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
 
-        # What begins without a space ends without: no price, as in "$5 to $6" or "$5 and $x$".
-        tex = r"\s[^$<>]+|[^$<>\s](?:[^$<>]*[^$<>\s])?"
-        return re.sub(rf"(\$\$?)({tex})\1(?!\d)", mark, html)
+        spaced = r"\s[^$<>]+"  # $ x $
+        tight = r"[^$<>\s](?:[^$<>]*[^$<>\s])?"  # $x$, but not "$5 and $"
+        # No digit follows: "$5 to$6" is no formula.
+        return re.sub(rf"(\$\$?)({spaced}|{tight})\1(?!\d)", mark, html)
 
     def make_head(self, body: list[Part]) -> Part:
         """Course, title (taken out of the body) and the values of the name cell.

@@ -129,7 +129,7 @@ class _Signboard(NamedTuple):
     scale: Tensor  # n x 1 x 1, pixels in a digit height
 
 
-def _random_sign(rng: torch.Generator, n: int) -> _Signboard:
+def _random_signboard(rng: torch.Generator, n: int) -> _Signboard:
     """Signs of random size, seen at random angles, slanted and warped a little."""
     x, y = _pixel_grid()
     digit_height = _uniform(rng, 0.52, 0.94, n, 1, 1)  # as a share of the crop's side
@@ -458,15 +458,15 @@ def _rows_of_sum_one(weight: Tensor) -> Tensor:
 def _along_both_axes(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     """left @ image @ right in each color; left and right: n x 32 x 32, or 32 x 32."""
     n = len(image)
-    # As a matrix of rows x (3 columns), `left` mixes its rows.
+    # As a matrix of rows x (3 * columns): `left` mixes its rows.
     rows_mixed = left @ image.reshape(n, _SIZE, 3 * _SIZE)
-    # The same numbers as a matrix of (rows 3) x columns: `right` mixes its columns.
+    # The same numbers as a matrix of (rows * 3) x columns: `right` mixes its columns.
     both_mixed = rows_mixed.view(n, 3 * _SIZE, _SIZE) @ right
     return both_mixed.view(n, _SIZE, 3, _SIZE)
 
 
 def _shrinking(photo_side: Tensor, blur: Tensor) -> Tensor:
-    """The matrix (n x 32 x 32) that makes rows of photographs of the rows of scenes.
+    """The matrix (n x 32 x 32) that turns the rows of a scene into the rows of a photograph.
 
     A photograph's row averages the scene around its place there with a Gaussian of the deviation
     sqrt(blur^2 + alias^2): the lens's blur, and 0.35 of a photograph pixel against aliasing.
@@ -572,7 +572,7 @@ def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor
 def _render_chunk(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
     """n crops (uint8, n x 3 x 32 x 32) and their labels."""
     labels = torch.randint(0, 10, (n,), generator=rng)
-    sign = _random_sign(rng, n)
+    sign = _random_signboard(rng, n)
     number = _random_house_number(rng, labels, sign)
     image, contrast = _paint(rng, sign, number)
     image = _light(rng, image, contrast)

@@ -190,9 +190,10 @@ def sync(path: Path = NOTEBOOK) -> None:
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-utils"):
-        before, _, after = re.split(r"```(?:python)?\n", cell.source + "\n", maxsplit=2)
-        quoted = f"```python\n{function_source(source, SHOWN_FUNCTION)}\n```\n"
-        cell.source = f"{before}{quoted}{after}".rstrip("\n")
+        before, _, quotation = cell.source.partition("```python\n")
+        _, _, after = quotation.partition("\n```")
+        quotation = f"```python\n{function_source(source, SHOWN_FUNCTION)}\n```"
+        cell.source = before + quotation + after
     tidy_and_save(notebook, path)
 
 
@@ -406,10 +407,10 @@ def runs_folder_of(executed: Path) -> Path:
 
     Raises SystemExit where A3_RUNS is the project itself, whose figures/ is the committed run's.
     """
-    chosen = Path(os.environ.get("A3_RUNS") or executed.parent / "runs").expanduser()
-    runs = (
-        ROOT / chosen
-    )  # a relative A3_RUNS counts from the project's folder, where the kernel runs
+    setting = os.environ.get("A3_RUNS")
+    runs = ROOT / executed.parent / "runs"
+    if setting:
+        runs = ROOT / Path(setting).expanduser()  # a relative one: from where the kernel runs
     if runs.resolve() == ROOT:
         raise SystemExit("A3_RUNS must be another folder than the project's own.")
     return runs

@@ -263,9 +263,9 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     order = definitions.random_order(len(train), steps * recipe.batch_size, generator)
     batches = list(order.split(recipe.batch_size))
     is_hard = torch.zeros(len(train), dtype=torch.bool)  # of a loss above its batch's median
-    first_epoch = len(train) // recipe.batch_size  # its steps
+    steps_of_first_epoch = len(train) // recipe.batch_size
     for step in range(steps):
-        if step == first_epoch and recipe.hard_share:
+        if step == steps_of_first_epoch and recipe.hard_share:
             rest = torch.cat(batches[step:])
             rest = with_hard_images(rest, is_hard, recipe.hard_share, generator)
             batches[step:] = rest.split(recipe.batch_size)
@@ -277,7 +277,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         losses = F.cross_entropy(
             logits, train.labels[index], label_smoothing=recipe.smoothing, reduction="none"
         )
-        if recipe.hard_share and step < first_epoch:
+        if recipe.hard_share and step < steps_of_first_epoch:
             is_hard[index] = losses.detach() > losses.detach().median()
         model.zero_grad()
         losses.mean().backward()
@@ -447,7 +447,8 @@ def with_table(readme: str, records: list[dict[str, Any]]) -> str:
 
 def save_and_fill_readme(records: list[dict[str, Any]]) -> None:
     """Write bench.json and the README's table."""
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(records, indent=1) + "\n"
+    utils.write_atomically(RESULTS, lambda path: path.write_text(text, "utf-8", newline="\n"))
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
@@ -465,21 +466,20 @@ def main() -> None:
     earlier = [record for record in records if kind_of(record) == kind]
     data_results = dict(earlier[0]["data"]) if earlier else {}
     new_record = kind._asdict() | {"data": data_results}
+    records = with_record(records, new_record)  # the loop fills in data_results
     for load in (utils.load_mnist, utils.load_svhn):
         data = load()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
         if arguments.full:
             starter = starter_result(data, test)
             # It took 20 minutes: keep it, whatever becomes of ours.
-            new_record["data"][data.name] = {"starter": starter}
-            records = with_record(records, new_record)
+            data_results[data.name] = {"starter": starter}
             save_and_fill_readme(records)
         else:
             starter = starter_for(data, records, kind)
         short = short_result(data, test, starter["test_acc"])
         ratio = starter["seconds"] / short["seconds"]
-        new_record["data"][data.name] = {"starter": starter, "short": short, "ratio": ratio}
-        records = with_record(records, new_record)
+        data_results[data.name] = {"starter": starter, "short": short, "ratio": ratio}
         save_and_fill_readme(records)
     print(table([new_record]))
 
