@@ -245,6 +245,14 @@ def test_the_code_of_every_cell_but_the_claims_counts(tag):
     assert tool.code_of(one) != tool.code_of(other)
 
 
+def test_a_comment_may_be_corrected_after_the_run_and_a_magic_counts():
+    def code_with(text):
+        return tool.code_of(nbformat.v4.new_notebook(cells=[code(text)]))
+
+    assert code_with("f(1)  # of Table 5") == code_with("f(1)  # of Table 4")
+    assert code_with("%pip install a") != code_with("%pip install b")
+
+
 def test_a_readme_whose_marks_are_missing_or_in_the_wrong_order_is_left_alone():
     assert tool.fill_readme("a\nS\nold\nE\nb", "S", "new", "E") == "a\nS\n\nnew\n\nE\nb"
     for readme in ("S\n", "E\n", "E\nS\nb"):
