@@ -486,9 +486,9 @@ def publish(executed: Path) -> None:
     """Copy a run's outputs, figures, results and README table into the project.
 
     Text and code stay the committed notebook's; the code must be that of the run. After a run one
-    may still correct Markdown cells; in utils.py, comments, docstrings and the PDF section (not the
-    imports at its top); and claims, which are then evaluated again from the run's results. Raises
-    SystemExit with every reason why a run cannot be published.
+    may still correct Markdown cells and comments; in utils.py, docstrings and the PDF section (not
+    the imports at its top); and claims, which are then evaluated again from the run's results.
+    Raises SystemExit with every reason why a run cannot be published.
     """
     executed = executed.resolve()
     figures = runs_folder_of(executed) / "figures"
