@@ -1370,8 +1370,9 @@ def used_globals(function: FunctionType) -> dict[str, object]:
     Of a module of ours, such as utils, the attributes that it reads by a dotted name: utils.fit. In
     `u = utils; u.fit(...)` the fit is not seen.
     """
-    # utils.fit(x) is LOAD_GLOBAL utils, a module, which is not kept, then LOAD_ATTR fit, kept as
-    # "utils.fit".
+    # utils.fit(x) is LOAD_GLOBAL utils, a module of ours, which is not kept itself (numpy is, and
+    # counts by its name), then LOAD_ATTR fit, kept as "utils.fit". Names such as __file__ tell the
+    # folder, and do not count.
     values = {}
     for code in code_within(function.__code__):
         name, value = "", None  # what the instruction before has read, if a global or its attribute
@@ -1956,7 +1957,7 @@ class TypstPDFExporter(HTMLExporter):
         """The part of a cell, without its code, and the listing of its code."""
         part = Part(number, BeautifulSoup(self.cell_html(number, cell), "html.parser"))
         self.make_printable(part)
-        # Last, as `preformatted_listing` looks for the wrapper of an output.
+        # Only after make_printable, which shortens long outputs and knows them by these wrappers.
         for wrapper in part.soup.select(WRAPPERS):
             wrapper.unwrap()
         listing = ""
@@ -2121,8 +2122,8 @@ class TypstPDFExporter(HTMLExporter):
             self.replace_by_words(part.cell_number, tag, f"{tag.name} {tag.get('src', '')}")
         for image in part.soup("img"):
             self.save_image(part.cell_number, image)
-        for listing in part.soup("pre"):
-            listing.replace_with(BeautifulSoup(preformatted_listing(listing), "html.parser"))
+        for pre in part.soup("pre"):
+            pre.replace_with(BeautifulSoup(printable_pre(pre), "html.parser"))
         for table in part.soup("table"):
             self.fit_table(part.cell_number, table)
 
@@ -2372,11 +2373,11 @@ def code_listing(code: str) -> str:
     return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
 
 
-def preformatted_listing(listing: Tag) -> str:
+def printable_pre(pre: Tag) -> str:
     """HTML of preformatted text; of long outputs only the beginning and the end."""
-    lines = [line.rstrip() for line in listing.get_text().strip("\n").split("\n")]
+    lines = [line.rstrip() for line in pre.get_text().strip("\n").split("\n")]
     left_out = len(lines) - FIRST_LINES - LAST_LINES
-    if left_out > 1 and listing.find_parent(class_="output"):
+    if left_out > 1 and pre.find_parent(class_="output"):
         lines[FIRST_LINES:-LAST_LINES] = [f"[… {left_out} lines left out …]"]
     text = escape("\n".join(lines))
     return f"<pre><code>{text}</code></pre>" if text.strip() else ""

@@ -440,7 +440,7 @@ def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     slope = (_normal(rng, 0.25, n, 1, 1) * x + _normal(rng, 0.25, n, 1, 1) * y) * amount
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     side = angle.cos() * x + angle.sin() * y - _uniform(rng, -0.9, 0.9, n, 1, 1)
-    edge = _coverage(side * _uniform(rng, 1, 10, n, 1, 1))
+    edge = _coverage(side * _uniform(rng, 1, 10, n, 1, 1))  # soft: over 0.1 to 1 half images
     cast = edge * _uniform(rng, 0.2, 0.7, n, 1, 1) * amount * _chance(rng, 0.15, n, 1, 1)
     vignette = (x * x + y * y) * _uniform(rng, 0, 0.25, n, 1, 1) * amount
     return image * ((1 + slope) * (1 - cast) * (1 - vignette)).unsqueeze(1)

@@ -221,13 +221,10 @@ class Console:
 
     def write(self, text: str) -> None:
         """Take the next piece of what the kernel prints, of any length."""
-        *finished, rest = (self.unfinished + text).split("\n")
-        self.unfinished = ""  # it begins the first of `finished`; print_line must not show it again
+        *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
-            self.print_line(visible(line))
-        self.unfinished = rest
-        if not self.bar:
-            self._show(self.unfinished)
+            self._put(visible(line) + "\n")
+        self._show(self.bar or self.unfinished)
 
     def print_line(self, text: str) -> None:
         """Print a line above what is in progress."""
@@ -368,7 +365,9 @@ def run_notebook(output: Path) -> None:
     runs = runs_folder_of(output)
     figures = runs / "figures"
     results = figures / "results.json"
-    if results.exists():  # only what a finished run left: A3_RUNS may be someone's own folder
+    # results.json shows that a finished run made this folder; without it the figures may be someone's
+    # own, where A3_RUNS names their folder.
+    if results.exists():
         shutil.rmtree(figures)
     environment = os.environ | {"A3_RUNS": str(runs)}
     try:
@@ -555,11 +554,11 @@ def code_of(notebook: NotebookNode) -> list[str]:
         elif "claims" in tags(cell):
             code.append("claims")
         else:
-            code.append(without_comments(cell.source))
+            code.append(comparable_code(cell.source))
     return code
 
 
-def without_comments(source: str) -> str:
+def comparable_code(source: str) -> str:
     """A cell's syntax tree, as text to be compared; the source itself if that is no Python."""
     try:
         return ast.dump(ast.parse(source))

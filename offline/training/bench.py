@@ -466,7 +466,8 @@ def main() -> None:
     earlier = [record for record in records if kind_of(record) == kind]
     data_results = dict(earlier[0]["data"]) if earlier else {}
     new_record = kind._asdict() | {"data": data_results}
-    records = with_record(records, new_record)  # the loop fills in data_results
+    # From here on `records` holds data_results itself: what the loop puts there is saved with them.
+    records = with_record(records, new_record)
     for load in (utils.load_mnist, utils.load_svhn):
         data = load()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
