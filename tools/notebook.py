@@ -365,8 +365,8 @@ def run_notebook(output: Path) -> None:
     runs = runs_folder_of(output)
     figures = runs / "figures"
     results = figures / "results.json"
-    # results.json shows that a finished run made this folder; without it the figures may be someone's
-    # own, where A3_RUNS names their folder.
+    # results.json shows that a finished run made this folder. Without it the figures may be
+    # someone's own, where A3_RUNS names their folder.
     if results.exists():
         shutil.rmtree(figures)
     environment = os.environ | {"A3_RUNS": str(runs)}
