@@ -180,6 +180,7 @@ def test_the_old_form_of_fonts_holds_for_all_letters():
     old, new = export(md(r"$x_{\rm abc}$")), export(md(r"$x_{\mathrm{abc}}$"))
     assert old.text == new.text
     assert old.notices == new.notices
+    assert utils.clean_tex(r"{\rm abc} x") == r"\mathrm{abc} x"  # the text does not show its font
 
 
 def test_a_typed_mark_is_no_formula():
