@@ -203,12 +203,10 @@ def test_the_fair_setting_has_batches_of_64_and_a_norm_for_each_half(nb, handed,
             assert len(task.args[0].train[0]) == 50
         else:
             assert task.args[2] == replace(nb.BASELINE, batch_size=64)
-    for name in ("handwritten", "street", "two heads"):  # they differ in their steps alone
-        brief, selected = handed["brief", name, 0].args, handed["selected", name, 0].args
-        assert len(brief) == len(selected)
-        assert getattr(brief[0], "recipes", brief[2:3]) == getattr(
-            selected[0], "recipes", selected[2:3]
-        )
+    for kind in ("brief", "selected"):  # they differ in their steps alone
+        alone = tuple(handed[kind, name, 0].args[2] for name in ("handwritten", "street"))
+        assert alone == handed[kind, "two heads", 0].args[0].recipes
+        assert alone == (nb.STRONG, nb.HOUSE_NUMBERS)
     assert len(handed) == 12
 
 

@@ -246,7 +246,6 @@ def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_pa
 
     monkeypatch.setenv("A3_DATA", "auto")
     monkeypatch.setenv("A3_PROFILE", "short")
-    monkeypatch.setattr(utils, "svhn_stand_in", stand_in := lambda: utils.mnist_stand_in())
-    data = utils.real_or_stand_in("SVHN", lambda _: utils.real_svhn("test"), stand_in)
+    data = utils.real_or_stand_in("SVHN", lambda _: utils.real_svhn("test"), utils.mnist_stand_in)
     assert not data.real
     assert "pyarrow" in capsys.readouterr().out

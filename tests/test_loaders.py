@@ -93,10 +93,8 @@ def assert_follows(plan, loss_fn, smoothing):
 
 
 def test_a_single_task_training_follows_its_recipe_and_only_watches_the_test_set(nb, handed):
-    recipe, plan = (
-        nb.Recipe(**RECIPE, batch_size=32),
-        utils.Plan("x", epochs=7, steps_per_epoch=5, seed=4),
-    )
+    recipe = nb.Recipe(**RECIPE, batch_size=32)
+    plan = utils.Plan("x", epochs=7, steps_per_epoch=5, seed=4)
     model, batches, loss_fn, done = handed(nb.train_single, marked(90), marked(20), recipe, plan)
     assert_follows(done, loss_fn, smoothing=0.1)
     assert [len(labels) for _, labels in batches(0)] == [32] * 5

@@ -261,15 +261,14 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         for optimizer in two_optimizers
     ]
     order = definitions.random_order(len(train), steps * recipe.batch_size, generator)
-    batches = list(order.split(recipe.batch_size))
     is_hard = torch.zeros(len(train), dtype=torch.bool)  # of a loss above its batch's median
     steps_of_first_epoch = len(train) // recipe.batch_size
     for step in range(steps):
+        start = step * recipe.batch_size
         if step == steps_of_first_epoch and recipe.hard_share:
-            rest = torch.cat(batches[step:])
-            rest = with_hard_images(rest, is_hard, recipe.hard_share, generator)
-            batches[step:] = rest.split(recipe.batch_size)
-        index = batches[step]
+            rest = order[start:]
+            order[start:] = with_hard_images(rest, is_hard, recipe.hard_share, generator)
+        index = order[start : start + recipe.batch_size]
         source = small if step < 0.3 * steps else large
         batch = definitions.augment(utils.to_float(source[index]), generator, notebook_recipe)
         with utils.autocast(CPU):
