@@ -35,21 +35,18 @@ import warnings
 from collections.abc import (
     Callable,
     Hashable,
-    ItemsView,
     Iterable,
     Iterator,
-    KeysView,
     Sequence,
-    ValuesView,
 )
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial, singledispatch
 from html import escape, unescape
 from importlib import import_module
 from pathlib import Path, PurePosixPath
-from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, NoneType
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -1096,15 +1093,15 @@ def fit(
     batches(epoch) yields `plan.steps_per_epoch` batches, for the same epoch always the same ones.
 
     The checkpoint, in `runs_folder`, is named after a fingerprint of the code, data and settings
-    that are handed over, so what is changed trains again. The device, its automatic precision,
-    versions of packages and the code of `fit` itself do not count. An error or an interrupt loses
-    the current epoch, and those that ended less than ten seconds after the last save.
+    that are handed over, and of this file, so what is changed trains again. The device, its
+    automatic precision and versions of packages do not count. An error or an interrupt loses the
+    current epoch, and those that ended less than ten seconds after the last save.
 
     Raises FloatingPointError when the loss is not finite, ValueError as `new_training`.
     """
-    # What `fit` itself calls to make numbers; what `train_epoch` calls is followed from there.
-    helpers = [new_training, seed_torch, seed_of_epoch]
-    key = fingerprint(train_epoch, model, batches, loss_fn, plan, helpers, setting("A3_PRECISION"))
+    this_module = sys.modules[__name__]
+    precision = setting("A3_PRECISION")
+    key = fingerprint(train_epoch, model, batches, loss_fn, plan, precision, this_module)
     file_name = re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")
     training = new_training(model, plan)
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
@@ -1158,9 +1155,10 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # Fingerprints
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the project's functions by their byte code, its classes by their
-# members, and both by all that these use. Memory addresses, the folder of the code and devices do
-# not count, as they change from one machine to the next.
+# parts reach: values by content, the notebook's functions by their byte code, its classes by their
+# members, both by all that these use, and the project's modules, such as this one, by their text.
+# Memory addresses, the folder of the code and devices do not count, as they change from one machine
+# to the next.
 
 
 UNFINISHED = b"unfinished"  # where a part stands within itself, at any depth
@@ -1169,10 +1167,10 @@ UNFINISHED = b"unfinished"  # where a part stands within itself, at any depth
 def fingerprint(*parts: object) -> str:
     """16 hex digits of all that decides what `parts` do: values, code, and what the code uses.
 
-    The project's own functions and classes are followed into the global functions and classes that
-    they name. Functions and classes of Python and of installed packages count by name only; what a
-    function imports in its body does not count. Docstrings of functions count, comments do not;
-    another version of Python gives other byte code.
+    The project's own functions and classes are followed into the global values that they name.
+    Functions and classes of Python and of installed packages count by name only; what a function
+    imports in its body does not count. Docstrings of functions count, comments do not; in modules,
+    both do. Another version of Python gives other byte code.
     """
     digests: dict[int, bytes] = {}  # by the id of each part
     alive: list[object] = []  # all parts, so that no id is used again
@@ -1184,7 +1182,7 @@ def fingerprint(*parts: object) -> str:
         digests[id(part)] = UNFINISHED  # until its content is known
         kind = type(part)
         pieces = [kind.__qualname__.encode(), b":"]
-        if is_ours(kind.__module__):
+        if is_ours(kind):
             pieces.append(digest(kind))
         content = content_of(part)
         if isinstance(content, bytes):
@@ -1231,12 +1229,7 @@ def content_of_collection(part: list | tuple | set | frozenset) -> list:
 
 
 @content_of.register
-def content_of_view(part: KeysView | ValuesView | ItemsView) -> list:
-    return list(part)
-
-
-@content_of.register
-def content_of_dict(part: dict | MappingProxyType) -> list:
+def content_of_dict(part: dict) -> list:
     return list(part.items())  # in its order, which may decide, say, which loss comes first
 
 
@@ -1271,7 +1264,16 @@ def content_of_network(part: nn.Module) -> list:
 
 @content_of.register
 def content_of_python_module(part: ModuleType) -> list:
-    return [part.__name__]
+    if not is_ours(part) or part.__name__ == "__main__":
+        return [part.__name__]
+    return [part.__name__, file_content(part)]
+
+
+@cache  # the text that was imported, also where the file changes later
+def file_content(module: ModuleType) -> bytes:
+    """What a module's file holds; empty where it has none."""
+    file = getattr(module, "__file__", None)
+    return Path(file).read_bytes() if file else b""
 
 
 @content_of.register
@@ -1286,21 +1288,19 @@ def content_of_method(part: MethodType) -> list:
 
 @content_of.register
 def content_of_function(part: FunctionType) -> list:
-    if not is_ours(module_of(part)):
+    if not is_ours(part):
         # A library's function counts by its name. It may wrap one of ours, as torch.no_grad() does.
-        return [module_of(part), part.__qualname__, getattr(part, "__wrapped__", None)]
+        return [module_name(part), part.__qualname__, getattr(part, "__wrapped__", None)]
     defaults = [part.__defaults__, part.__kwdefaults__]
     return [part.__code__, defaults, used_globals(part), closure_values(part), vars(part)]
 
 
 @content_of.register
 def content_of_class(part: type) -> list:
-    if not is_ours(module_of(part)):
-        return [module_of(part), part.__qualname__]
+    if not is_ours(part):
+        return [module_name(part), part.__qualname__]
     members = {name: value for name, value in vars(part).items() if counts_as_member(name, value)}
-    # No member shows the functions that make a dataclass's default values.
-    factories = [item.default_factory for item in fields(part)] if is_dataclass(part) else []
-    return [part.__qualname__, part.__bases__, members, factories]
+    return [part.__qualname__, part.__bases__, members]
 
 
 @content_of.register
@@ -1311,48 +1311,38 @@ def content_of_code(part: CodeType) -> list:
     return [part.co_code, part.co_exceptiontable, part.co_consts, names, counts]
 
 
-def module_of(part: FunctionType | type) -> str | None:
-    """The name of the module that defines a function or a class."""
+def module_name(part: FunctionType | type | ModuleType) -> str:
+    """The name of the module that defines a function or a class, or of the module itself."""
+    if isinstance(part, ModuleType):
+        return part.__name__
     if isinstance(part, FunctionType):
         # Not __module__: a decorator copies that from the function which it wraps.
-        return part.__globals__.get("__name__")
-    return part.__module__
+        return part.__globals__.get("__name__") or "__main__"
+    # Some compiled types have another thing than a string there.
+    return part.__module__ if isinstance(part.__module__, str) else "builtins"
 
 
-def is_ours(module: object) -> bool:
-    """Whether a module's name is the project's own: not Python's, not an installed package's.
-
-    A package without a file of its own (a namespace package) counts as the project's, as does None.
-    Some compiled types have another thing than a string for __module__: they do not.
-    """
-    if not isinstance(module, str | None):
-        return False
-    top = (module or "__main__").partition(".")[0]
+def is_ours(part: FunctionType | type | ModuleType) -> bool:
+    """Whether the part is the project's own: not Python's, not an installed package's."""
+    package = module_name(part).partition(".")[0]
     # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
-    if top == "__main__":
+    if package == "__main__":
         return True
-    if top in sys.stdlib_module_names:
+    if package in sys.stdlib_module_names:
         return False
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
     return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
 def counts_as_member(name: str, member: object) -> bool:
     """Whether a fingerprint covers a member of one of our classes.
 
-    Ordinary members count. Of those with two underscores before their name, only the functions that
-    someone wrote in our source.
+    Of the members with two underscores before their name, only functions do.
     """
     if name == "_abc_impl":  # a cache that abc adds
         return False
-    if not name.startswith("__"):
-        return True
-    function = inspect.unwrap(member)  # out of torch.no_grad(), and of __new__'s staticmethod
-    if not isinstance(function, FunctionType):
-        return False
-    # The __init__ of a dataclass is generated, and has our globals; its file name shows it.
-    is_generated = function.__code__.co_filename == "<string>"
-    return is_ours(module_of(function)) and not is_generated
+    # unwrap: out of torch.no_grad(), and of the staticmethod around __new__.
+    return not name.startswith("__") or isinstance(inspect.unwrap(member), FunctionType)
 
 
 def code_within(code: CodeType) -> list[CodeType]:
@@ -1365,34 +1355,15 @@ def code_within(code: CodeType) -> list[CodeType]:
 
 
 def used_globals(function: FunctionType) -> dict[str, object]:
-    """The global values that `function` reads, by name.
-
-    Of a module of ours, such as utils, the attributes that it reads by a dotted name: utils.fit. In
-    `u = utils; u.fit(...)` the fit is not seen.
-    """
-    # utils.fit(x) is LOAD_GLOBAL utils, a module of ours, which is not kept itself (numpy is, and
-    # counts by its name), then LOAD_ATTR fit, kept as "utils.fit". Names such as __file__ tell the
-    # folder, and do not count.
-    values = {}
+    """The global values that `function` reads, by name."""
+    names = set()
     for code in code_within(function.__code__):
-        name, value = "", None  # what the instruction before has read, if a global or its attribute
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                name = instruction.argval
-                value = function.__globals__.get(name)  # None: one of Python's own names
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and is_our_module(value):
-                name = f"{name}.{instruction.argval}"
-                value = getattr(value, instruction.argval, None)
-            else:
-                name, value = "", None
-            if value is not None and not is_our_module(value) and not name.startswith("__"):
-                values[name] = value
-    return dict(sorted(values.items()))
-
-
-def is_our_module(value: object) -> bool:
-    """Whether a value is a module of the project's own."""
-    return isinstance(value, ModuleType) and is_ours(value.__name__)
+                names.add(instruction.argval)
+    # Python's own names are not among the globals. Those such as __file__ tell the folder.
+    known = [name for name in sorted(names) if name in function.__globals__]
+    return {name: function.__globals__[name] for name in known if not name.startswith("__")}
 
 
 def closure_values(function: FunctionType) -> dict[str, object]:
