@@ -966,7 +966,7 @@ class Run:
     reused: list[str] = field(default_factory=list)  # names of trainings from checkpoints
 
 
-_run = Run()
+_current_run = Run()
 
 
 def start_run(profile: str, *data_names: str) -> None:
@@ -974,7 +974,7 @@ def start_run(profile: str, *data_names: str) -> None:
 
     That line names the profile, data, machine, precision and number of trainings at a time.
     """
-    global _run
+    global _current_run
     dtype = str(forward_dtype(default_device())).removeprefix("torch.")
     data = " and ".join(data_names)
     jobs = counted(n_jobs(), "training")
@@ -984,17 +984,17 @@ def start_run(profile: str, *data_names: str) -> None:
         handle = display({"text/plain": first_line}, raw=True, display_id=True)
     else:
         print(first_line, flush=True)
-    _run = Run(profile, first_line, handle)
+    _current_run = Run(profile, first_line, handle)
 
 
 def reused_trainings() -> list[str]:
     """Names of the trainings that came from checkpoints since `start_run`, whole or in part."""
-    return list(dict.fromkeys(_run.reused))
+    return list(dict.fromkeys(_current_run.reused))
 
 
 def stage_seconds() -> dict[str, float]:
     """Seconds of each stage (`title` of `run_parallel`) since `start_run`."""
-    return {title: round(seconds, 1) for title, seconds in _run.stage_seconds.items()}
+    return {title: round(seconds, 1) for title, seconds in _current_run.stage_seconds.items()}
 
 
 def new_training(model: nn.Module, plan: Plan) -> Training:
@@ -1107,7 +1107,7 @@ def fit(
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
     history = checkpointer.load()
     if history:
-        _run.reused.append(plan.name)
+        _current_run.reused.append(plan.name)
         report_epochs(len(history))
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
@@ -1471,9 +1471,9 @@ def run_parallel(
     jobs = min(n_jobs(), len(tasks))
     with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder:
         epochs_file = Path(folder) / "epochs"
-        prepared = {}  # what a process calls
+        calls = {}  # what a process runs
         for key, task in tasks.items():
-            prepared[key] = partial(run_task, task, task_name(key), epochs_file)
+            calls[key] = partial(run_task, task, task_name(key), epochs_file)
         with (
             StageDisplay(title, len(tasks) * epochs, epochs_file) as stage,
             warnings.catch_warnings(),
@@ -1481,9 +1481,9 @@ def run_parallel(
             # loky replaces workers whose memory has grown.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             if jobs <= 1:
-                results = {key: call() for key, call in prepared.items()}
+                results = {key: call() for key, call in calls.items()}
             else:
-                results = run_in_processes(prepared, jobs)
+                results = run_in_processes(calls, jobs)
             stage.record_end(len(tasks))
     return results
 
@@ -1508,12 +1508,12 @@ def run_task(task: Callable[[], Result], name: str, epochs_file: Path) -> Result
         torch.set_num_threads(threads)
 
 
-def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
-    """The results of prepared tasks, from `jobs` processes."""
+def run_in_processes(calls: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
+    """The results of `calls`, from `jobs` processes."""
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     # Where the settings changed, loky starts new workers.
     executor = get_reusable_executor(max_workers=jobs, env=WORKER_SETTINGS | settings)
-    waiting = list(prepared)
+    waiting = list(calls)
     running: dict[Future, Hashable] = {}
     results = {}
     try:
@@ -1521,12 +1521,12 @@ def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hasha
             # No more than run at once, so that an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(result_and_reused_names, prepared[key])] = key
+                running[executor.submit(result_and_reused_names, calls[key])] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 result, reused = future.result()
                 results[running[future]] = result
-                _run.reused += reused
+                _current_run.reused += reused
                 del running[future]
     except TerminatedWorkerError as error:
         names = "; ".join(task_name(key) for key in running.values())
@@ -1537,18 +1537,18 @@ def run_in_processes(prepared: dict[Hashable, partial], jobs: int) -> dict[Hasha
     except BaseException:
         executor.shutdown(wait=False, kill_workers=True)
         raise
-    return {key: results[key] for key in prepared}
+    return {key: results[key] for key in calls}
 
 
-def result_and_reused_names(prepared: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """Of a prepared task, in a worker: its result and the names of its reused trainings.
+def result_and_reused_names(call: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """In a worker: the result of `call` and the names of its reused trainings.
 
-    `fit` adds those to the _run of its process. In a worker that is not the notebook's _run, and
-    may still hold the names of an earlier task.
+    `fit` adds those to the `_current_run` of its process. In a worker that is not the notebook's,
+    and may still hold the names of an earlier task.
     """
-    _run.reused.clear()
-    result = prepared()
-    return result, _run.reused
+    _current_run.reused.clear()
+    result = call()
+    return result, _current_run.reused
 
 
 class DisplayStream:
@@ -1576,7 +1576,7 @@ class StageDisplay:
         self.title = title
         self.all_epochs = all_epochs  # of all tasks together
         self.epochs_file = epochs_file
-        self.reused_before = len(_run.reused)
+        self.reused_before = len(_current_run.reused)
         self.started = time.perf_counter()
         self.text = f"{title}: stopped"  # the line that stays where `record_end` is not reached
         self.ended = threading.Event()  # tells the thread
@@ -1617,7 +1617,7 @@ class StageDisplay:
         FIRST_STAGE also tells how long the run takes.
         """
         seconds = time.perf_counter() - self.started
-        reused = len(_run.reused) - self.reused_before
+        reused = len(_current_run.reused) - self.reused_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
         self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
         if reused:
@@ -1625,18 +1625,18 @@ class StageDisplay:
             self.text += f"{runs_folder()} to train again"
         elif self.title == FIRST_STAGE:  # with stored trainings its time would promise too little
             announce_time(seconds)
-        _run.stage_seconds[self.title] = seconds
+        _current_run.stage_seconds[self.title] = seconds
 
 
 def announce_time(first_stage: float) -> None:
     """Tell how long the run takes, from the seconds of its first stage."""
-    if _run.profile not in RUN_TIME_IN_FIRST_STAGES:
+    if _current_run.profile not in RUN_TIME_IN_FIRST_STAGES:
         return
-    minutes = max(1, round(first_stage * RUN_TIME_IN_FIRST_STAGES[_run.profile] / 60))
+    minutes = max(1, round(first_stage * RUN_TIME_IN_FIRST_STAGES[_current_run.profile] / 60))
     text = f"The whole run takes about {counted(minutes, 'minute')} on this machine."
-    if _run.first_line_handle:
-        line = f"{_run.first_line} {text}"
-        _run.first_line_handle.update({"text/plain": line}, raw=True)
+    if _current_run.first_line_handle:
+        line = f"{_current_run.first_line} {text}"
+        _current_run.first_line_handle.update({"text/plain": line}, raw=True)
     else:
         print(text, flush=True)
 
