@@ -139,7 +139,7 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
 def test_the_cost_of_sharing_is_the_distance_to_single_models_with_as_many_channels(
     nb, tables, tasks
 ):
-    two_heads = {"per domain": None, "per domain, half the channels": None}
+    two_head_rows = {"per domain": None, "per domain, half the channels": None}
     accuracies = {
         "per domain": [[99.0, 93.0], [99.0, 95.0]],
         "per domain, half the channels": [[98.0, 90.0], [98.0, 90.0]],
@@ -147,7 +147,7 @@ def test_the_cost_of_sharing_is_the_distance_to_single_models_with_as_many_chann
         "one model each, half the channels": [[98.0, 92.5], [98.0, 92.5]],
     }
     given = {"sharing_acc": {row: np.array(pairs) for row, pairs in accuracies.items()}}
-    given |= {"tasks": tasks, "two_heads": two_heads, "svhn": tasks["street"]}
+    given |= {"tasks": tasks, "two_head_rows": two_head_rows, "svhn": tasks["street"]}
     run_cell(nb, "# @title Table: ways to share", **given)
     (frame,) = tables
     assert frame["cost on SVHN, points"].tolist() == ["1.00", "2.50", "–", "–"]
@@ -352,7 +352,7 @@ def test_the_image_behind_the_worst_draw_is_found_and_the_draws_are_scored_witho
     queries = nb.Embedded(places[DIGITS.test.labels], DIGITS.test.labels)
     points = {"mnist test": queries, "svhn pool": nb.Embedded(z, pool.labels)}
     scores = nb.top1_of_draws(queries, points["svhn pool"])
-    given = {"points_of_seed": {0: points}, "scores": {"selected, seed 0": scores}}
+    given = {"points_of_seed": {0: points}, "scores_of_seed": {0: scores}}
     given |= {"best_scores": scores, "street_pool": pool, "mnist": DIGITS}
     given["results"] = {"joint_embedding": {}}
     names = run_cell(nb, "# @title Figure: the gallery image behind the worst draw", **given)

@@ -1,6 +1,7 @@
 """The project: run and publish, in a folder with a difficult name."""
 
 import json
+import textwrap
 
 import nbformat
 import pytest
@@ -267,10 +268,21 @@ def test_definitions_are_executed_as_in_the_notebook(tmp_path):
         tool.load_definitions(path)
 
 
-def test_sync_quotes_the_function_of_now_and_keeps_the_words_around_it(project):
-    (project / "utils.py").write_text("def new_training():\n    return 2\n", encoding="utf-8")
-    quotation = "Before\n\n```python\ndef new_training():\n    return 1\n```\n\nAfter"
-    cell = nbformat.v4.new_markdown_cell(quotation, metadata={"tags": ["quotes-utils"]})
+@pytest.mark.parametrize(
+    ("file", "name", "text"),
+    [
+        ("utils.py", "f", "def f():\n    return 2"),
+        ("offline/training/one.py", "A.f", "class A:\n    def f(self):\n        return 2\n"),
+    ],
+)
+def test_sync_quotes_the_definition_of_now_and_keeps_the_words_around_it(file, name, text, project):
+    (project / file).parent.mkdir(parents=True, exist_ok=True)
+    (project / "utils.py").write_text("", encoding="utf-8")
+    (project / file).write_text(f"def g():\n    return 3\n\n{text}", encoding="utf-8")
+    body = textwrap.dedent(text.removeprefix("class A:\n")).strip()
+    quotation = f"From `{file}`: `{name}`\n\n```python\n{body}\n```\n\nAfter"
+    old = quotation.replace("return 2", "return 1")
+    cell = nbformat.v4.new_markdown_cell(old, metadata={"tags": ["quotes-code"]})
     path = write_notebook(project / "one.ipynb", code("", "helper-module"), cell)
     tool.sync(path)
-    assert tool.read(path).cells[1].source == quotation.replace("return 1", "return 2")
+    assert tool.read(path).cells[1].source == quotation

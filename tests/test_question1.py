@@ -231,3 +231,9 @@ def test_curves_show_loss_and_error_of_both_parts_beside_each_other(nb):
     lines = [[list(line.get_ydata()) for line in axis.lines[:2]] for axis in figure.axes]
     assert lines == [[[0.5, 0.5], [1.5, 2.5]], [[10, 10], [9, 8]]]  # training, test
     plt.close(figure)
+
+
+def test_a_small_p_value_is_not_written_with_false_precision(nb):
+    assert [nb.p_text(p) for p in (1e-24, 0.0009, 0.0015, 0.04, 1.0)] == [
+        *["< 0.001", "< 0.001", "0.002", "0.040", "1.000"],
+    ]

@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import types
 from collections.abc import Iterable, Iterator
@@ -36,7 +37,9 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
 QUOTES = "'''"  # around the copy of utils.py in the helper cell
-SHOWN_FUNCTION = "new_training"  # the function of utils.py that the PDF shows
+# The first words of a cell that quotes code: its file, and the function or method.
+QUOTED = re.compile(r"`(?P<file>[\w/]+\.py)`: `(?P<name>[\w.]+)`")
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 PDF_SECTION = "# ---- PDF"  # of utils.py: its last
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
@@ -182,26 +185,30 @@ def helper_cell(source: str) -> str:
 
 
 def sync(path: Path = NOTEBOOK) -> None:
-    """Refresh the notebook's copy of utils.py and what it quotes of it, and tidy its metadata.
+    """Refresh the notebook's copy of utils.py and the functions it quotes, and tidy its metadata.
 
     Raises ValueError when the notebook has no cell for the copy, or utils.py cannot be quoted.
     """
     notebook = read(path)
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
-    for cell in tagged(notebook, "quotes-utils"):
+    for cell in tagged(notebook, "quotes-code"):
+        quoted = QUOTED.search(cell.source)
+        file = (ROOT / quoted["file"]).read_text(encoding="utf-8")
         before, _, quotation = cell.source.partition("```python\n")
         _, _, after = quotation.partition("\n```")
-        quotation = f"```python\n{function_source(source, SHOWN_FUNCTION)}\n```"
+        quotation = f"```python\n{definition_source(file, quoted['name'])}\n```"
         cell.source = before + quotation + after
     tidy_and_save(notebook, path)
 
 
-def function_source(source: str, name: str) -> str:
-    """The source of one function of a module."""
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    (function,) = [function for function in functions if function.name == name]
-    return ast.get_source_segment(source, function)
+def definition_source(source: str, name: str) -> str:
+    """The source of a function of a module, or of a method: "Trainer.train_step"."""
+    found = ast.parse(source)
+    for part in name.split("."):
+        definitions = [node for node in found.body if isinstance(node, DEFINITIONS)]
+        (found,) = [definition for definition in definitions if definition.name == part]
+    return textwrap.dedent(ast.get_source_segment(source, found, padded=True))
 
 
 # ---- run ----
