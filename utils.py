@@ -248,7 +248,7 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
-        """The images at `indices`, in that order. ValueError unless all are 0 to N - 1."""
+        """The images at `indices`, in that order. ValueError for none, or outside 0 to N - 1."""
         given = np.asarray(indices)
         whole_numbers = given.size > 0 and np.issubdtype(given.dtype, np.integer)
         if not whole_numbers or given.min() < 0 or given.max() >= len(self):
@@ -875,7 +875,7 @@ def load_generator(name: str, device: torch.device) -> ImageGenerator:
 def best_generator(
     name: str, profile: str, device: torch.device
 ) -> tuple[ImageGenerator | None, str]:
-    """A generator, and why it is not BigGAN-deep-256 ("" if it is, or if it was named).
+    """A generator, and why it is not BigGAN-deep-256 ("" if it is, or if `name` is not 'auto').
 
     With a name for `load_generator`: that one, or the error which `load_generator` raises. With
     'auto': BigGAN-deep in a full run (not with A3_DATA=embedded), else the digit BigGAN of
@@ -1161,11 +1161,11 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # to the next.
 
 
-UNFINISHED = b"unfinished"  # where a part stands within itself, at any depth
+UNFINISHED = b"unfinished"  # the digest of a part where it stands within itself, at any depth
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits of all that decides what `parts` do: values, code, and what the code uses.
+    """16 hex digits that change with `parts`: values, code, and what the code uses.
 
     The project's own functions and classes are followed into the global values that they name.
     Functions and classes of Python and of installed packages count by name only; what a function
@@ -1179,7 +1179,8 @@ def fingerprint(*parts: object) -> str:
         if id(part) in digests:
             return digests[id(part)]
         alive.append(part)
-        digests[id(part)] = UNFINISHED  # until its content is known
+        # Until its own digest is known: a part that holds itself would be followed for ever.
+        digests[id(part)] = UNFINISHED
         kind = type(part)
         pieces = [kind.__qualname__.encode(), b":"]
         if is_ours(kind):
@@ -1199,10 +1200,12 @@ def fingerprint(*parts: object) -> str:
 
 @singledispatch
 def content_of(part: object) -> bytes | list:
-    """What a fingerprint covers of `part`: its bytes, or further parts.
+    """What a fingerprint covers of `part`: its bytes, or further parts."""
+    return content_of_instance(part)
 
-    This one is for instances without a rule of their own: what pickle would store of them.
-    """
+
+def content_of_instance(part: object) -> list:
+    """The content of an instance without a rule of its own: what pickle would store of it."""
     # What wraps a function (functools.cache, classmethod, staticmethod): the function inside.
     if hasattr(part, "__wrapped__"):
         return [part.__wrapped__]
@@ -1210,7 +1213,9 @@ def content_of(part: object) -> bytes | list:
     registered = copyreg.dispatch_table.get(type(part))
     try:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
-    except Exception:  # a lock, a file, a stream; a generator that is half way counts for nothing
+    except (
+        Exception
+    ):  # what cannot be pickled counts by its type alone: a lock, a file, a generator
         return []
     if isinstance(reduced, str):  # the name of a global
         return [reduced]
@@ -1225,11 +1230,15 @@ def content_of_value(part: int | float | complex | str | bytes | NoneType) -> by
 
 @content_of.register
 def content_of_collection(part: list | tuple | set | frozenset) -> list:
+    if type(part) not in (list, tuple, set, frozenset):  # a subclass may hold more than its items
+        return content_of_instance(part)
     return list(part)
 
 
 @content_of.register
 def content_of_dict(part: dict) -> list:
+    if type(part) is not dict:
+        return content_of_instance(part)
     return list(part.items())  # in its order, which may decide, say, which loss comes first
 
 
@@ -1330,14 +1339,18 @@ def is_ours(part: FunctionType | type | ModuleType) -> bool:
         return True
     if package in sys.stdlib_module_names:
         return False
-    file = getattr(sys.modules.get(package), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
+    module = sys.modules.get(package)
+    file = getattr(module, "__file__", None)
+    # A namespace package has folders in place of a file.
+    places = [file] if file else getattr(module, "__path__", [])
+    installed = {"site-packages", "dist-packages"}
+    return not any(installed & set(Path(place).parts) for place in places)
 
 
 def counts_as_member(name: str, member: object) -> bool:
     """Whether a fingerprint covers a member of one of our classes.
 
-    Of the members with two underscores before their name, only functions do.
+    Of the members whose names begin with two underscores, only functions do.
     """
     if name == "_abc_impl":  # a cache that abc adds
         return False
@@ -1392,7 +1405,7 @@ WORKER_SETTINGS = {
 }
 FIRST_STAGE = "1 (b) recipes"  # its title; the notebook's first trainings
 # A run's time over that of its first stage, by profile; measured with two trainings at a time.
-RUN_TIME_IN_FIRST_STAGES = {"full": 36, "short": 25}
+RUN_TO_FIRST_STAGE_RATIO = {"full": 36, "short": 25}
 
 
 def memory_limit() -> float:
@@ -1630,9 +1643,9 @@ class StageDisplay:
 
 def announce_time(first_stage: float) -> None:
     """Tell how long the run takes, from the seconds of its first stage."""
-    if _current_run.profile not in RUN_TIME_IN_FIRST_STAGES:
+    if _current_run.profile not in RUN_TO_FIRST_STAGE_RATIO:
         return
-    minutes = max(1, round(first_stage * RUN_TIME_IN_FIRST_STAGES[_current_run.profile] / 60))
+    minutes = max(1, round(first_stage * RUN_TO_FIRST_STAGE_RATIO[_current_run.profile] / 60))
     text = f"The whole run takes about {counted(minutes, 'minute')} on this machine."
     if _current_run.first_line_handle:
         line = f"{_current_run.first_line} {text}"
@@ -1909,24 +1922,26 @@ class TypstPDFExporter(HTMLExporter):
         for number, cell in enumerate(self.nb.cells, 1):
             if LEFT_OUT_TAGS & set(cell.metadata.tags):
                 continue
-            self.cell_number = number  # for mark_formula, which nbconvert calls
+            self.cell_number = number  # for all that reads this cell
             if cell.cell_type == "code":
-                self.keep_printable_outputs(number, cell)
-            part, listing = self.read_cell(number, cell)
+                self.keep_printable_outputs(cell)
+            part, listing = self.read_cell(cell)
             if "code-in-appendix" in cell.metadata.tags:
                 appendix.append(Part(number, listing))
             else:
                 part.soup.insert(0, listing)
-            home = appendix if "cell-in-appendix" in cell.metadata.tags else body
-            home.append(part)
+            if "cell-in-appendix" in cell.metadata.tags:
+                appendix.append(part)
+            else:
+                body.append(part)
         appendix = [part for part in appendix if part.soup.find(True)]  # without empty ones
         self.mend_links([part.soup for part in body + appendix])
         head = self.make_head(body)  # takes the title out of the body
         return [head, *body], appendix
 
-    def read_cell(self, number: int, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
+    def read_cell(self, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
-        part = Part(number, BeautifulSoup(self.cell_html(number, cell), "html.parser"))
+        part = Part(self.cell_number, BeautifulSoup(self.cell_html(cell), "html.parser"))
         self.make_printable(part)
         # Only after make_printable, which shortens long outputs and knows them by these wrappers.
         for wrapper in part.soup.select(WRAPPERS):
@@ -1936,33 +1951,33 @@ class TypstPDFExporter(HTMLExporter):
             listing = code_listing(cell.source)
         return part, BeautifulSoup(listing, "html.parser")
 
-    def keep_printable_outputs(self, number: int, cell: NotebookNode) -> None:
+    def keep_printable_outputs(self, cell: NotebookNode) -> None:
         """Drop the outputs that the PDF leaves out, and keep one form of each other one.
 
         Also notes claims that do not hold.
         """
         cell.outputs = [output for output in cell.outputs if is_printed(output)]
         for output in cell.outputs:
-            self.note_claims(number, output.get("metadata", {}).get("claims", {}))
-            self.keep_one_form(number, output)
+            self.note_claims(output.get("metadata", {}).get("claims", {}))
+            self.keep_one_form(output)
 
-    def cell_html(self, number: int, cell: NotebookNode) -> str:
+    def cell_html(self, cell: NotebookNode) -> str:
         """HTML of a text, or of the outputs of code, by nbconvert; the source where it cannot."""
         # Format 4.4, as 4.5 asks for ids of cells, which older notebooks lack.
         one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
         try:
             return super().from_notebook_node(one_cell, dict(self.resources))[0]
         except Exception as error:  # whatever: one cell must not cost the others
-            self.note(number, f"shown as source: {error}")
+            self.note(self.cell_number, f"shown as source: {error}")
             # The code of a code cell is shown in any case.
             return f"<pre>{escape(cell.source)}</pre>" if cell.cell_type != "code" else ""
 
-    def keep_one_form(self, number: int, output: NotebookNode) -> None:
+    def keep_one_form(self, output: NotebookNode) -> None:
         """Reduce an output's data to the form that the PDF shows.
 
         That is an image, else Markdown or LaTeX, else HTML, else text.
         """
-        data, about = output.get("data", {}), output.get("metadata", {})
+        data, metadata = output.get("data", {}), output.get("metadata", {})
         if data.keys() <= {"text/plain"}:
             return  # text, a stream or an error stays as it is
         soup = BeautifulSoup(data.get("text/html", ""), "html.parser")
@@ -1971,7 +1986,7 @@ class TypstPDFExporter(HTMLExporter):
         markdown = data.get("text/markdown") or data.get("text/latex")
         image_type = next((kind for kind in IMAGE_TYPES if kind in data), "")
         if image_type:
-            words = escape(about.get("caption", ""))
+            words = escape(metadata.get("caption", ""))
             image = figure_image(image_type, data[image_type], words)
             caption = f"<figcaption>{self.mark_formulas_in_html(words)}</figcaption>"
             output.data = {"text/html": f"<figure>{image}{caption}</figure>"}
@@ -1981,10 +1996,10 @@ class TypstPDFExporter(HTMLExporter):
             output.data = {"text/html": self.mark_formulas_in_html(str(soup))}
         else:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
-            self.note(number, what)
+            self.note(self.cell_number, what)
             output.data = {"text/plain": f"[{what}]"}
 
-    def note_claims(self, number: int, claims: dict[str, bool]) -> None:
+    def note_claims(self, claims: dict[str, bool]) -> None:
         """Name the claims that do not hold, and the cells whose text makes them."""
         failed = [sentence for sentence, holds in claims.items() if not holds]
         for sentence in failed:
@@ -1993,15 +2008,17 @@ class TypstPDFExporter(HTMLExporter):
                 for place, cell in enumerate(self.nb.cells, 1)
                 if contains_sentence(cell, sentence)
             ]
-            for place in places or [number]:
+            for place in places or [self.cell_number]:
                 self.note(place, f"does not hold in this run: {sentence}")
         if failed:
-            self.note(number, f"{len(failed)} of {len(claims)} claims do not hold")
+            self.note(self.cell_number, f"{len(failed)} of {len(claims)} claims do not hold")
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        """HTML of Markdown, with a mark in the place of each formula: a filter of nbconvert's
-        templates."""
+        """HTML of Markdown, with a mark in the place of each formula.
+
+        The templates of nbconvert call it: it takes the place of their filter of this name.
+        """
         from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
         renderer = IPythonRenderer(
@@ -2233,11 +2250,8 @@ class TypstPDFExporter(HTMLExporter):
         """Note the letters that no font has; returns them."""
         missing = dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem))
         for letters in missing:
-            number = 1
-            for part in parts:
-                if letters in part.typst + self.plain_text(part.soup):
-                    number = part.cell_number
-                    break
+            holders = [part for part in parts if letters in part.typst + self.plain_text(part.soup)]
+            number = holders[0].cell_number if holders else 1
             self.note(number, f"no font here has {letters}: install one")
         return "".join(missing)
 

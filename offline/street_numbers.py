@@ -177,7 +177,7 @@ class _Faces(NamedTuple):
     chosen: Tensor  # n, the face of each crop
 
 
-def _faces_with_choice(rng: torch.Generator, n: int) -> _Faces:
+def _choose_faces(rng: torch.Generator, n: int) -> _Faces:
     """All faces, and one for each crop.
 
     A face weighs 1 / sqrt(faces of its family): a family with four faces is chosen twice as often
@@ -268,7 +268,7 @@ def _look_up(glyph_fields: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard) -> _HouseNumber:
     """Numbers of one to four digits in random faces, with the digit `labels` in the middle."""
     n = len(labels)
-    faces = _faces_with_choice(rng, n)
+    faces = _choose_faces(rng, n)
     glyphs, exists = _choose_glyphs(rng, labels)
     stretch = 0.85 * _normal(rng, 0.25, n, 1).exp().clamp(0.5, 1.5)
     half = faces.half_widths[faces.chosen[:, None], glyphs] * stretch
@@ -355,8 +355,8 @@ def _depth_in_plate(rng: torch.Generator, sign: _Signboard, number: _HouseNumber
     from_ends = torch.minimum(sign.u - number.left, number.right - sign.u) + margin_u
     depth = torch.minimum(from_ends, 0.5 + margin_v - sign.v.abs())
     ends_in_crop = torch.rand(n, 1, 1, generator=rng) < 0.4
-    beyond_the_crop = depth + 4.0  # digit heights
-    return torch.where(ends_in_crop, depth, beyond_the_crop)
+    depth_if_plate_fills_crop = depth + 4.0  # digit heights
+    return torch.where(ends_in_crop, depth, depth_if_plate_fills_crop)
 
 
 def _frame(rng: torch.Generator, depth: Tensor, scale: Tensor) -> Tensor:

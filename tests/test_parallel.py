@@ -77,7 +77,7 @@ from functools import partial
 sys.path[:0] = [{str(Path(utils.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
 import small_training, utils
 utils.FIRST_STAGE = 'stage'
-utils.RUN_TIME_IN_FIRST_STAGES['tiny'] = 9
+utils.RUN_TO_FIRST_STAGE_RATIO['tiny'] = 9
 def loss(model, batch):
     return small_training.loss_fn(model, batch)
 def task(seed):
@@ -113,7 +113,7 @@ def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_c
 def test_the_first_stage_tells_the_time_of_the_run_unless_its_trainings_were_stored(
     monkeypatch, capsys
 ):
-    monkeypatch.setitem(utils.RUN_TIME_IN_FIRST_STAGES, "tiny", 300)
+    monkeypatch.setitem(utils.RUN_TO_FIRST_STAGE_RATIO, "tiny", 300)
     monkeypatch.setattr(utils, "FIRST_STAGE", "first")
     told = []
     for _ in range(2):  # the second run finds what the first one stored

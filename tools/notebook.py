@@ -230,32 +230,32 @@ class Console:
         """Take the next piece of what the kernel prints, of any length."""
         *finished, self.unfinished = (self.unfinished + text).split("\n")
         for line in finished:
-            self._put(visible(line) + "\n")
-        self._show(self.bar or self.unfinished)
+            self._write(visible(line) + "\n")
+        self._draw_progress(self.bar or self.unfinished)
 
     def print_line(self, text: str) -> None:
         """Print a line above what is in progress."""
-        self._put(text + "\n")
-        self._show(self.bar or self.unfinished)
+        self._write(text + "\n")
+        self._draw_progress(self.bar or self.unfinished)
 
     def progress(self, text: str) -> None:
         """Show a new state of the bar."""
         self.bar = text
-        self._show(text)
+        self._draw_progress(text)
 
     def finish(self) -> None:
         """What is in progress is complete: keep its last state."""
         for text in (self.unfinished, self.bar):
             if visible(text):
-                self._put(visible(text) + "\n")
+                self._write(visible(text) + "\n")
         self.unfinished = ""
         self.bar = ""
 
-    def _show(self, text: str) -> None:
+    def _draw_progress(self, text: str) -> None:
         if text and self.terminal.isatty():
-            self._put(visible(text)[: shutil.get_terminal_size().columns - 1])
+            self._write(visible(text)[: shutil.get_terminal_size().columns - 1])
 
-    def _put(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         erase = "\r\x1b[K" if self.terminal.isatty() else ""
         self.terminal.write(erase + text)
         self.terminal.flush()
@@ -320,12 +320,12 @@ class StreamingClient(nbclient.NotebookClient):
         if msg["msg_type"] == "stream":
             self.console.write(content["text"])
         elif content.get("data", {}).keys() == {"text/plain"}:
-            self.show(content["data"]["text/plain"], content.get("transient", {}))
+            self.show_display(content["data"]["text/plain"], content.get("transient", {}))
         elif content.get("execution_state") == "idle":  # the cell has ended
             self.console.finish()
         return super().process_message(msg, cell, cell_index)
 
-    def show(self, text: str, transient: dict[str, str]) -> None:
+    def show_display(self, text: str, transient: dict[str, str]) -> None:
         """Show the text of a display that can change.
 
         The newest one is the bar. An older one, such as the run's first line when the run's time is
@@ -334,10 +334,11 @@ class StreamingClient(nbclient.NotebookClient):
         display = transient.get("display_id", "")
         if not display:
             return
-        before = self.shown.get(display)
+        is_new = display not in self.shown
+        before = self.shown.get(display, "")
         self.shown[display] = text
-        if before is None:
-            self.console.finish()
+        if is_new:
+            self.console.finish()  # with the last state of the bar before
             self.last_display = display
         if display == self.last_display:
             self.console.progress(text)

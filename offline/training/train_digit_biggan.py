@@ -57,8 +57,8 @@ LR_GENERATOR = 3e-4
 LR_DISCRIMINATOR = 6e-4
 BETAS = (0.0, 0.99)
 # Gain of the discriminator's score, until GAIN_STEP and from then on. In the run that made the
-# weights it was raised there, to no effect: the hinge loss was 1.7 before and soon after (2 is that
-# of a blind discriminator). It is kept so that the run can be repeated.
+# weights the hinge loss stayed near 1.7 (2 is that of a blind discriminator), so the gain was
+# raised; that changed nothing. It is kept so that the run can be repeated.
 FIRST_GAIN = 4.0
 LATER_GAIN = 12.0
 GAIN_STEP = 2100
@@ -106,7 +106,7 @@ class RealImages:
         """`count` random images of one set, float N x 3 x 32 x 32 in -1..1, and their classes."""
         split = self.splits[role]
         index = torch.randint(len(split), (count,), generator=generator)
-        images = utils.to_float(split.images[index]).expand(-1, 3, -1, -1)
+        images = utils.to_float(split.images[index]).expand(-1, 3, -1, -1)  # SVHN has three already
         return images, split.labels[index] + FIRST_CLASS[role]
 
     def batch(self, counts: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -383,6 +383,7 @@ def train(trainer: Trainer, real: RealImages, runs: Path) -> None:
             trainer.seconds = time.process_time() - start
             trainer.save(runs / "checkpoint.pt")
             print(f"{trainer.seconds:.0f} s", row, flush=True)
+    trainer.seconds = time.process_time() - start
 
 
 # ---- measuring -----------------------------------------------------------------------

@@ -145,7 +145,7 @@ def train(model: nn.Module, split: utils.Split, checkpoint: Path) -> float:
             print(f"step {trainer.step}: loss {loss:.4f}, {minutes:.1f} min", flush=True)
             losses = []
     model.load_state_dict(trainer.average.module.state_dict())
-    return trainer.seconds / 60
+    return (time.process_time() - start) / 60
 
 
 def recipe() -> dict[str, object]:
