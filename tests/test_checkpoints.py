@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mpl_toolkits.mplot3d import Axes3D
 from small_training import checkpoints, make_model, train, watch
 
 import utils
@@ -162,6 +164,14 @@ def test_another_folder_process_comment_or_unused_function_does_not_change_the_k
     assert printed.strip() == key
 
 
+class Named(list):
+    """A list that holds more than its items."""
+
+    def __init__(self, items, name):
+        super().__init__(items)
+        self.name = name
+
+
 def test_values_of_all_kinds_have_keys_of_their_own():
     recursive = [1]
     recursive.append(recursive)
@@ -176,6 +186,7 @@ def test_values_of_all_kinds_have_keys_of_their_own():
         *[np.sin, np.tanh, re.compile("a"), re.compile("b"), os, np, utils],
         *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
         *[np.random.default_rng(1), np.random.default_rng(2)],
+        *[defaultdict(int), defaultdict(list), Named([1], "one"), Named([1], "two")],
     ]
     keys = [utils.fingerprint(value) for value in values]
     assert len(set(keys)) == len(values)
@@ -264,3 +275,9 @@ def test_another_text_of_utils_trains_again(monkeypatch):
     monkeypatch.setattr(utils, "file_content", lambda module: b"another text")
     train(epochs=1)
     assert len(checkpoints()) == 2
+
+
+def test_only_the_projects_own_modules_count_as_ours():
+    assert utils.is_ours(utils.Split) and utils.is_ours(make_model)
+    for part in (torch, torch.nn.Linear, np.ndarray, Path, partial, re.compile, Axes3D):
+        assert not utils.is_ours(part)  # Axes3D: of a package without a file of its own
