@@ -844,7 +844,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
     from offline import digit_biggan
 
     model = digit_biggan.load_digit_biggan(device).requires_grad_(False)
-    title = "digit BigGAN 32 x 32 (trained in this project)"
+    title = "the digit BigGAN of this project"
     classes = list(digit_biggan.DIGIT_CLASSES)
     return ImageGenerator(model, "biggan-digits-32", title, classes, digit_biggan.Z_DIM, 32)
 
