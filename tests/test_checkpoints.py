@@ -1,13 +1,11 @@
 """Checkpoints never lie: what decides a training's numbers trains again, what does not, does not.
 
-A student's module is written to a file and changed there. That a kernel and its workers agree is
-tested in test_parallel.py.
+The code of a student is changed in many ways. That a kernel and its workers agree is tested in
+test_parallel.py.
 """
 
-import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mpl_toolkits.mplot3d import Axes3D
 from small_training import checkpoints, make_model, train, watch
 
@@ -105,18 +104,11 @@ def parts():
 """
 
 
-def student_key(folder, text):
-    """The fingerprint of a student's training, as a fresh import of the module gives it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "student.py").write_text(text, encoding="utf-8")
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    importlib.invalidate_caches()
-    sys.path.insert(0, str(folder))
-    try:
-        return utils.fingerprint(*importlib.import_module("student").parts())
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.pop("student", None)
+def student_key(text):
+    """The fingerprint of a student's training, whose functions are in __main__ as a notebook's."""
+    names = {"__name__": "__main__"}
+    exec(text, names)
+    return utils.fingerprint(*names["parts"]())
 
 
 @pytest.mark.parametrize(
@@ -147,21 +139,19 @@ def student_key(folder, text):
         ("partial(loader.epoch, steps=2)", "lambda n: loader.epoch(n, 2)"),  # a lambda instead
     ],
 )
-def test_a_change_of_what_decides_the_numbers_changes_the_key(old, new, tmp_path):
+def test_a_change_of_what_decides_the_numbers_changes_the_key(old, new):
     assert STUDENT.count(old) == 1
-    changed = student_key(tmp_path / "one", STUDENT.replace(old, new))
-    assert changed != student_key(tmp_path / "one", STUDENT)
+    assert student_key(STUDENT.replace(old, new)) != student_key(STUDENT)
 
 
-def test_another_folder_process_comment_or_unused_function_does_not_change_the_key(tmp_path):
-    key = student_key(tmp_path / "one", STUDENT)
+def test_another_process_comment_or_unused_function_does_not_change_the_key():
+    key = student_key(STUDENT)
     unused = "\n\ndef unused(x):\n    return x\n" + STUDENT.replace("+ 0", "+ 0  # a comment")
-    assert student_key(tmp_path / "a folder, été", unused) == key
-    code = "import utils, student; print(utils.fingerprint(*student.parts()))"
-    path = os.pathsep.join([str(Path(utils.__file__).parent), str(tmp_path / "one")])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"}
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert printed.strip() == key
+    assert student_key(unused) == key
+    script = STUDENT + "\nprint(utils.fingerprint(*parts()))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, env=environment, text=True).strip() == key
 
 
 class Named(list):
@@ -251,23 +241,6 @@ def test_the_precision_that_is_asked_for_counts(monkeypatch):
     monkeypatch.setenv("A3_PRECISION", "bf16")
     train(epochs=1)
     assert len(checkpoints()) == 2
-
-
-def test_another_text_of_a_module_of_ours_trains_again(tmp_path, monkeypatch):
-    def key_with(text):
-        (tmp_path / "losses.py").write_text(text)
-        monkeypatch.delitem(sys.modules, "losses", raising=False)
-        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
-        importlib.invalidate_caches()
-        namespace = {"losses": importlib.import_module("losses"), "__name__": "__main__"}
-        exec("def loss_fn(x):\n    return losses.loss(x)", namespace)
-        return utils.fingerprint(namespace["loss_fn"])
-
-    monkeypatch.syspath_prepend(tmp_path)
-    text = "def loss(x):\n    return inner(x)\n\ndef inner(x):\n    return x\n"
-    key = key_with(text)
-    assert key_with(text) == key
-    assert key_with(text.replace("return x", "return -x")) != key
 
 
 def test_another_text_of_utils_trains_again(monkeypatch):

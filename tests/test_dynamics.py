@@ -29,7 +29,7 @@ def same(left: sp.Matrix, right: sp.Matrix) -> bool:
     return gap == sp.zeros(*gap.shape)
 
 
-def test_simultaneous_formulas(nb):
+def test_eigenvalues_stationary_point_and_closed_form_hold_for_every_learning_rate(nb):
     matrix = exact(nb.update_matrix(a))
     assert set(matrix.eigenvals()) == {1 + sp.I * a, 1 - sp.I * a}
     assert same(matrix.T * matrix, (1 + a**2) * I2)
