@@ -1,6 +1,7 @@
 """Cells of the notebook that no other test executes, with made-up models and data."""
 
 import ast
+import dis
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -374,23 +375,19 @@ def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
         assert_close(strip, names["TRUNCATION"] * nb.interpolate(start, end, method))
 
 
+def names_of(code, *operations):
+    """The names that these byte codes read or write."""
+    found = dis.get_instructions(code)
+    return {instruction.argval for instruction in found if instruction.opname in operations}
+
+
 def assigned_and_needed(source):
     """The names that a cell assigns at its top level, and those that it takes from other cells."""
-    tree = ast.parse(source)
-    assigned, used = set(), set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            assigned.add(node.name)
-            continue
-        own = set()  # the variables of comprehensions and lambdas
-        for part in ast.walk(node):
-            if isinstance(part, ast.comprehension):
-                own |= {name.id for name in ast.walk(part.target) if isinstance(name, ast.Name)}
-            elif isinstance(part, ast.Lambda):
-                own |= {argument.arg for argument in part.args.args}
-        names = {part for part in ast.walk(node) if isinstance(part, ast.Name)}
-        assigned |= {name.id for name in names if isinstance(name.ctx, ast.Store)} - own
-        used |= {name.id for name in names if isinstance(name.ctx, ast.Load)} - own
+    code = compile(source, "cell", "exec")
+    assigned = names_of(code, "STORE_NAME")
+    used = set()
+    for part in utils.code_within(code):
+        used |= names_of(part, "LOAD_NAME", "LOAD_GLOBAL")
     return assigned, used - assigned
 
 
