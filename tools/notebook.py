@@ -521,10 +521,12 @@ def publish(executed: Path) -> None:
 
     readme = readme_with(answers_table(run), results)
     tidy_and_save(committed, NOTEBOOK)
-    shutil.rmtree(ROOT / "figures", ignore_errors=True)
-    shutil.copytree(figures, ROOT / "figures")
     results_text = json.dumps(results, indent=1) + "\n"
-    (ROOT / "figures" / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # a full disk costs no figure
+        new_figures = shutil.copytree(figures, Path(folder) / "figures")
+        (new_figures / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
+        shutil.rmtree(ROOT / "figures", ignore_errors=True)
+        new_figures.rename(ROOT / "figures")
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
 
