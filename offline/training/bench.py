@@ -70,7 +70,6 @@ class ShortRecipe:
     """What may be chosen in a training of few epochs."""
 
     side: int = 22  # images are resampled to side x side, mean 0 and deviation 1
-    crop_columns: float = 0.0  # share of the columns cut off, half of it on each side
     grow: bool = False  # the first 30 % have images 6 pixels smaller
     warp: tuple[float, float, float, float] | None = None  # degrees, shift, zoom, shear
     batch_size: int = 128
@@ -86,7 +85,6 @@ SHORT = {
     "MNIST": ShortRecipe(),
     "SVHN": ShortRecipe(
         side=24,
-        crop_columns=3 / 16,  # the neighbors of the digit stand there
         grow=True,
         warp=(5, 0.05, 0.05, 0.05),
         muon_lr=0.06,
@@ -212,18 +210,12 @@ def gray_bytes(images: Tensor) -> Tensor:
     return torch.cat(chunks)[:, None]
 
 
-def resized(images: Tensor, side: int, crop_columns: float) -> Tensor:
-    """Images without their outer columns, resampled to side x side, antialiased.
-
-    uint8, N x 1 x H x W to N x 1 x side x side. At most one level off the notebook's
-    `resample_split`, as it works on bytes.
-    """
-    width = images.shape[3]
-    cut = round(width * crop_columns / 2)
-    chunks = []
-    for chunk in images[..., cut : width - cut].split(4096):
-        small = F.interpolate(chunk, (side, side), mode="bilinear", antialias=True)
-        chunks.append(small)
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images resampled to side x side, antialiased: uint8, N x 1 x H x W to N x 1 x side x side."""
+    size = (side, side)
+    chunks = [
+        F.interpolate(chunk, size, mode="bilinear", antialias=True) for chunk in images.split(4096)
+    ]
     return torch.cat(chunks)
 
 
@@ -255,11 +247,9 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = gray_bytes(train.images) if train.images.shape[1] == 3 else train.images
-    large = resized(images, recipe.side, recipe.crop_columns)
-    small = resized(images, recipe.side - 6, recipe.crop_columns) if recipe.grow else large
-    notebook_recipe = definitions.Recipe(
-        side=recipe.side, crop_columns=recipe.crop_columns, warp=recipe.warp
-    )
+    large = resized(images, recipe.side)
+    small = resized(images, recipe.side - 6) if recipe.grow else large
+    notebook_recipe = definitions.Recipe(side=recipe.side, warp=recipe.warp)
     # In training, where the images are resized above, `preprocessing` only standardizes each of
     # them; in eval mode, for the test images, it resamples as well.
     model = nn.Sequential(
