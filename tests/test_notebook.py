@@ -271,3 +271,20 @@ def test_the_answers_of_e_are_those_of_the_chosen_seed(results):
     joint = results["joint_embedding"]
     for name, key in (("top1_100", "100"), ("top1_all", "all"), ("reverse_top1", "reverse")):
         assert joint[name] in joint["per_seed"][key]
+
+
+def test_the_differences_in_the_tables_are_those_of_the_runs_accuracies(committed, results, nb):
+    shown = set()
+    for cell in tool.code_cells(committed):
+        for output in cell.outputs:
+            shown |= {text for row in tool.table_rows(output) for text in row}
+    expected = []
+    for role in ("handwritten", "street"):
+        two_heads = results["multi_task"][role]["per_seed"]
+        single = results["single_task"][role]["per_seed"]
+        expected.append(nb.unpaired_difference(two_heads, single))
+    for models in results["few_samples"]["test_acc"].values():
+        pairs = zip(models["two heads"], models["single task"], strict=True)
+        expected += [nb.paired_difference(shared, alone) for shared, alone in pairs]
+    assert len(expected) == 10
+    assert {text.replace("-", "−") for text in expected} <= shown

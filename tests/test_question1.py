@@ -1,5 +1,7 @@
 """Question 1 (b) to (d): networks, losses, the loop, short trainings, and summaries over seeds."""
 
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -219,6 +221,10 @@ def test_a_difference_has_the_t_interval_of_paired_or_of_unpaired_seeds(nb):
     low, high = stats.ttest_ind(ours, others, equal_var=False).confidence_interval()
     assert nb.unpaired_difference(ours, others) == f"+0.34 ({low:+.2f} to {high:+.2f})"
     assert nb.paired_difference([1.0], [1.5]) == nb.unpaired_difference([1.0], [1.5]) == "-0.50"
+    with warnings.catch_warnings():  # seeds of equal accuracy, as in a tiny run
+        warnings.simplefilter("error")
+        assert nb.paired_difference([1.0, 2.0], [1.5, 2.5]) == "-0.50"
+        assert nb.unpaired_difference([1.0, 1.0], [1.5, 2.5]) == "-1.00"
 
 
 def test_curves_show_loss_and_error_of_both_parts_beside_each_other(nb):
