@@ -1213,9 +1213,7 @@ def content_of_instance(part: object) -> list:
     registered = copyreg.dispatch_table.get(type(part))
     try:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
-    except (
-        Exception
-    ):  # what cannot be pickled counts by its type alone: a lock, a file, a generator
+    except Exception:  # what cannot be pickled counts by its type: a lock, a file, a generator
         return []
     if isinstance(reduced, str):  # the name of a global
         return [reduced]
@@ -2249,10 +2247,12 @@ class TypstPDFExporter(HTMLExporter):
     def note_missing_letters(self, problem: str, parts: list[Part]) -> str:
         """Note the letters that no font has; returns them."""
         missing = dict.fromkeys(re.findall(r'the text `"(.+?)"` could not', problem))
+        if not missing:
+            return ""
+        texts = [(part.cell_number, part.typst + self.plain_text(part.soup)) for part in parts]
         for letters in missing:
-            holders = [part for part in parts if letters in part.typst + self.plain_text(part.soup)]
-            number = holders[0].cell_number if holders else 1
-            self.note(number, f"no font here has {letters}: install one")
+            numbers = [number for number, text in texts if letters in text]
+            self.note(numbers[0] if numbers else 1, f"no font here has {letters}: install one")
         return "".join(missing)
 
 

@@ -104,10 +104,10 @@ def parts():
 """
 
 
-def student_key(text):
+def student_key(text, file="student.py"):
     """The fingerprint of a student's training, whose functions are in __main__ as a notebook's."""
     names = {"__name__": "__main__"}
-    exec(text, names)
+    exec(compile(text, file, "exec"), names)
     return utils.fingerprint(*names["parts"]())
 
 
@@ -144,10 +144,10 @@ def test_a_change_of_what_decides_the_numbers_changes_the_key(old, new):
     assert student_key(STUDENT.replace(old, new)) != student_key(STUDENT)
 
 
-def test_another_process_comment_or_unused_function_does_not_change_the_key():
+def test_another_folder_process_comment_or_unused_function_does_not_change_the_key():
     key = student_key(STUDENT)
     unused = "\n\ndef unused(x):\n    return x\n" + STUDENT.replace("+ 0", "+ 0  # a comment")
-    assert student_key(unused) == key
+    assert student_key(unused, file="a folder, été/student.py") == key
     script = STUDENT + "\nprint(utils.fingerprint(*parts()))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", script]
@@ -243,9 +243,15 @@ def test_the_precision_that_is_asked_for_counts(monkeypatch):
     assert len(checkpoints()) == 2
 
 
-def test_another_text_of_utils_trains_again(monkeypatch):
+def test_another_text_of_utils_counts_and_trains_again(monkeypatch):
+    def batches(epoch):
+        return utils.to_float(epoch)
+
     train(epochs=1)
+    key = utils.fingerprint(batches)
+    assert utils.file_content(utils) == Path(utils.__file__).read_bytes()
     monkeypatch.setattr(utils, "file_content", lambda module: b"another text")
+    assert utils.fingerprint(batches) != key
     train(epochs=1)
     assert len(checkpoints()) == 2
 
