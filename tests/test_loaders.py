@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import noise_split, seeded
+from torch.overrides import TorchFunctionMode
 
 import utils
 from tools import notebook
@@ -68,6 +69,33 @@ def test_a_loader_augments_by_its_recipe_and_only_by_it_and_each_batch_anew(nb):
     batches = [images for number in (0, 1) for images, _ in loader.epoch(number)]
     for number, images in enumerate(batches):
         assert not any(torch.equal(images, other) for other in batches[:number])
+
+
+class CopiesToTheDevice(TorchFunctionMode):
+    """Notes each copy from the CPU to the device 'meta', and whether it makes the CPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and args[0].device != result.device:
+            self.waits.append(not (kwargs or {}).get("non_blocking"))
+        return result
+
+
+def test_no_batch_waits_for_a_gpu(nb, monkeypatch):
+    monkeypatch.setattr(nb, "device", torch.device("meta"))
+    plan = utils.Plan("x", epochs=2, steps_per_epoch=2)
+    everything_on = replace(nb.HOUSE_NUMBERS, warp=(10, 0.1, 0.1, 0.1), erase=4, tones=True)
+    for recipe in (nb.BASELINE, everything_on):
+        loader = nb.Loader(noise_split(16), recipe, 8, plan)
+        with CopiesToTheDevice() as copies:
+            for images, _ in loader.epoch(0):
+                assert images.device.type == "meta"
+        assert copies.waits
+        assert not any(copies.waits)
 
 
 @pytest.fixture
