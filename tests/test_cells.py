@@ -271,7 +271,8 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
         small[kind, "street", 0] = Guess(2 + more), []
         small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
     trials = {("street", "strong"): 60.0}
-    given = {"tasks": tasks, "small": small, "small_chosen": {}, "small_validation": trials}
+    given = {"tasks": tasks, "mnist": tasks["handwritten"], "small": small, "small_chosen": {}}
+    given["small_validation"] = trials
     given["SMALL_SETTINGS"] = {"baseline": setting, "selected": setting}
     names = run_cell(nb, "# @title Results of (d)", **given)
     found = names["small_acc"]
