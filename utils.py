@@ -1778,6 +1778,8 @@ NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
+# All but tab, line feed and carriage return; as str.translate drops them.
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
 PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without glyphs
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
@@ -1939,7 +1941,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def read_cell(self, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
-        part = Part(self.cell_number, BeautifulSoup(self.cell_html(cell), "html.parser"))
+        part = Part(self.cell_number, printable_soup(self.cell_html(cell)))
         self.make_printable(part)
         # Only after make_printable, which shortens long outputs and knows them by these wrappers.
         for wrapper in part.soup.select(WRAPPERS):
@@ -1947,7 +1949,7 @@ class TypstPDFExporter(HTMLExporter):
         listing = ""
         if cell.cell_type == "code" and not OUTPUTS_ONLY_TAGS & set(cell.metadata.tags):
             listing = code_listing(cell.source)
-        return part, BeautifulSoup(listing, "html.parser")
+        return part, printable_soup(listing)
 
     def keep_printable_outputs(self, cell: NotebookNode) -> None:
         """Drop the outputs that the PDF leaves out, and keep one form of each other one.
@@ -2356,6 +2358,11 @@ def code_listing(code: str) -> str:
         return ""
     code = re.sub(r"\n\s*\n(?=\S)", "\n\n", code)  # one empty line between functions saves paper
     return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
+
+
+def printable_soup(html: str) -> BeautifulSoup:
+    """HTML without control characters, which no notebook shows and no font has."""
+    return BeautifulSoup(html.translate(CONTROL_CHARACTERS), "html.parser")
 
 
 def printable_pre(pre: Tag) -> str:

@@ -153,6 +153,13 @@ def test_letters_that_no_font_has_are_named():
     assert "cell 2: no font here has \U00030001: install one" in pdf.notices
 
 
+def test_control_characters_are_left_out():
+    pdf = export(md("# A\x07b"), code("c = '\x1bd'", stream("e\x08f\x00\n")))
+    for words in ["Ab", "c = 'd'", "ef"]:
+        assert words in pdf.text, words
+    assert not pdf.notices
+
+
 FORMULAS = r"""
 \varepsilon \odot \oplus \otimes \cap \bigcap_i \setminus \approx \nabla \emptyset \sum_{i=1}^n
 \int_0^1 \arg\min_x \operatorname{softmax}(x) \widehat{xy} \overrightarrow{AB} \mathcal{L}
