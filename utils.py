@@ -74,10 +74,10 @@ from traitlets.config import Config
 
 CHOICES = {  # the first is the default
     "A3_PROFILE": ("auto", "full", "short", "tiny"),
-    "A3_DATA": ("auto", "real", "embedded"),
+    "A3_DATA": ("auto", "real", "embedded"),  # embedded: stand-ins, without a download
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
-# Missing where the notebook stands alone, as in Colab: there it wrote utils.py and nothing else.
+# The folder is missing beside a lone notebook, as in Colab, which writes utils.py and nothing else.
 OFFLINE = Path(__file__).resolve().parent / "offline"
 
 
@@ -333,7 +333,8 @@ def wait_for_answer(url: str) -> None:
     request = urllib.request.Request(url, method="HEAD")
     # The timeout of urlopen does not cover the look-up of the server's name, which may hang. So
     # urlopen runs in a thread, and we wait for its result. It gets a timeout of its own, longer
-    # than our wait: Python waits for its threads when it exits, and a silent server would keep it.
+    # than our wait. Python waits for its threads when it exits; without that timeout a silent
+    # server would delay the exit.
     pool = ThreadPoolExecutor(max_workers=1)
     answer = pool.submit(urllib.request.urlopen, request, timeout=2 * TIMEOUT)
     try:
@@ -501,7 +502,10 @@ def decode_mat(file: Path) -> Split:
 
 
 def image_pixels(content: bytes) -> np.ndarray:
-    """The pixels of an encoded image, uint8, 3 x 32 x 32. Raises ValueError for other images."""
+    """The pixels of an encoded image, uint8, 3 x 32 x 32.
+
+    Raises ValueError for an image of another size, OSError for what is no image.
+    """
     from PIL import Image
 
     image = np.asarray(Image.open(io.BytesIO(content)))
@@ -570,7 +574,8 @@ def real_svhn(part: str) -> Split:
 def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
     """SVHN from files in A3_DATA_ROOT, or None, and what is wrong with those that cannot be used.
 
-    Raises DataError without the package that reads a file: a download would need it, too.
+    Raises DataError where the package that reads a file is missing (scipy or pyarrow). No other
+    file is tried then.
     """
     failures = []
     root = data_root()
@@ -852,7 +857,7 @@ def load_digit_generator(device: torch.device) -> ImageGenerator:
 def load_digit_classifier(device: torch.device) -> nn.Module:
     """The classifier that judges the digit BigGAN's images, in eval mode: 20 classes of both sets.
 
-    Raises as `load_digit_generator`.
+    Raises as `load_digit_generator`, but for ImportError: it needs no library of BigGAN.
     """
     require_offline_folder("The classifier of generated digits")
     from offline import digit_biggan
@@ -940,8 +945,9 @@ class Training:
 class Plan:
     """How `fit` trains.
 
-    name: for people, 'SVHN, augmented, seed 1'. schedule: 'constant', or 'onecycle' (Smith and
-    Topin 2018) with `lr` as its peak. weight_decay: decoupled (AdamW); 0 is plain Adam.
+    name: shown in messages, 'SVHN, augmented, seed 1'. It is part of the checkpoint's name, so a
+    renamed plan trains again. schedule: 'constant', or 'onecycle' (Smith and Topin 2018) with `lr`
+    as its peak. weight_decay: decoupled (AdamW); 0 is plain Adam.
     evaluate(model): further numbers of each epoch, by name, for the history.
     """
 
@@ -957,7 +963,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """The notebook's current run: see `start_run`."""
+    """The current run of a process, the notebook's or a worker's: see `start_run`."""
 
     profile: str = ""
     first_line: str = ""
@@ -970,7 +976,7 @@ _current_run = Run()
 
 
 def start_run(profile: str, *data_names: str) -> None:
-    """Begin a run: forget the last one's times and stored trainings, and show the first line.
+    """Begin a run: forget the last one's times and which trainings it reused; show the first line.
 
     That line names the profile, data, machine, precision and number of trainings at a time.
     """
@@ -1155,13 +1161,13 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 # Fingerprints
 #
 # A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach: values by content, the notebook's functions by their byte code, its classes by their
-# members, both by all that these use, and the project's modules, such as this one, by their text.
-# Memory addresses, the folder of the code and devices do not count, as they change from one machine
-# to the next.
+# parts reach. Values count by content. Functions count by their byte code and classes by their
+# members, with the globals that they use. A module of the project, such as this one, counts by its
+# text. Memory addresses, the folder of the code and devices do not count, as they change from one
+# machine to the next.
 
 
-UNFINISHED = b"unfinished"  # the digest of a part where it stands within itself, at any depth
+UNFINISHED = b"unfinished"  # stands for a part that is met again within itself
 
 
 def fingerprint(*parts: object) -> str:
@@ -1276,7 +1282,7 @@ def content_of_python_module(part: ModuleType) -> list:
     return [part.__name__, file_content(part)]
 
 
-@cache  # the text that was imported, also where the file changes later
+@cache  # the text at the first call, also where the file changes later
 def file_content(module: ModuleType) -> bytes:
     """What a module's file holds; empty where it has none."""
     file = getattr(module, "__file__", None)
@@ -1313,8 +1319,8 @@ def content_of_class(part: type) -> list:
 @content_of.register
 def content_of_code(part: CodeType) -> list:
     names = [part.co_names, part.co_varnames]
-    # Functions within it are among its constants.
     counts = [part.co_argcount, part.co_posonlyargcount, part.co_kwonlyargcount, part.co_flags]
+    # Functions within it are among its constants.
     return [part.co_code, part.co_exceptiontable, part.co_consts, names, counts]
 
 
@@ -1372,7 +1378,7 @@ def used_globals(function: FunctionType) -> dict[str, object]:
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 names.add(instruction.argval)
-    # Python's own names are not among the globals. Those such as __file__ tell the folder.
+    # Python's own names are not among the globals. Names such as __file__ would tell the folder.
     known = [name for name in sorted(names) if name in function.__globals__]
     return {name: function.__globals__[name] for name in known if not name.startswith("__")}
 
@@ -1394,7 +1400,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 CONTROL_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 MEMORY_OF_A_TRAINING = 1.5e9  # bytes of one process that trains, with the libraries
 # By default glibc gives freed memory back at once, and has to take it again. With these settings it
-# keeps the memory: a training that took 12.2 s takes 8.9 s.
+# keeps the memory, and the last one asks for huge pages: a training that took 12.2 s takes 8.9 s.
 WORKER_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -1482,7 +1488,7 @@ def run_parallel(
     jobs = min(n_jobs(), len(tasks))
     with tempfile.TemporaryDirectory(prefix="a3-", ignore_cleanup_errors=True) as folder:
         epochs_file = Path(folder) / "epochs"
-        calls = {}  # what a process runs
+        calls = {}  # what runs, here or in other processes
         for key, task in tasks.items():
             calls[key] = partial(run_task, task, task_name(key), epochs_file)
         with (
@@ -1505,7 +1511,10 @@ def task_name(key: Hashable) -> str:
 
 
 def run_task(task: Callable[[], Result], name: str, epochs_file: Path) -> Result:
-    """The task's result, from one thread; its finished epochs are counted in `epochs_file`."""
+    """The task's result, from one thread; its finished epochs are counted in `epochs_file`.
+
+    Raises RuntimeError that names the task for any exception of it.
+    """
     global _epochs_file
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums on any number of cores
@@ -1554,8 +1563,8 @@ def run_in_processes(calls: dict[Hashable, partial], jobs: int) -> dict[Hashable
 def result_and_reused_names(call: Callable[[], Result]) -> tuple[Result, list[str]]:
     """In a worker: the result of `call` and the names of its reused trainings.
 
-    `fit` adds those to the `_current_run` of its process. In a worker that is not the notebook's,
-    and may still hold the names of an earlier task.
+    `fit` adds those to the `_current_run` of its process. A worker has one of its own, which may
+    still hold the names of an earlier task.
     """
     _current_run.reused.clear()
     result = call()
@@ -1778,8 +1787,8 @@ NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
-# All but tab, line feed and carriage return; as str.translate drops them.
-CONTROL_CHARACTERS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
+# All but tab, line feed and carriage return; str.translate drops what has the value None.
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
 PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without glyphs
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
@@ -1837,7 +1846,7 @@ MACRO_ARGUMENTS = r"[^{}]*"  # [1], #1
 MACRO_DEFINITION = MACRO_COMMAND + r"\s*" + MACRO_NAME + MACRO_ARGUMENTS + BRACES
 # What stands in HTML and Typst text where a formula will be; no cell holds such a word.
 FORMULA_WORD = f"formula{os.urandom(8).hex()}"
-FORMULA_MARK = rf"⟦{FORMULA_WORD} (\d+)⟧"
+FORMULA_PATTERN = rf"⟦{FORMULA_WORD} (\d+)⟧"
 
 
 @dataclass
@@ -1851,7 +1860,7 @@ class Part:
 
 @dataclass
 class Formula:
-    """A formula of a cell; `typst` includes its dollar signs."""
+    """A formula of a cell; `typst` is all that stands in its place, dollar signs included."""
 
     cell_number: int
     tex: str
@@ -1866,13 +1875,13 @@ class TypstPDFExporter(HTMLExporter):
     cell-in-appendix (code and outputs). Metadata of outputs: caption;
     is_caption (left out, as the caption stands at the figure); claims, a dict of sentences and
     whether they hold.
-    `notices` tells what could not be shown, which claims do not hold, and which names are missing:
-    "cell N: what".
+    `notices` tells what could not be shown as it is, which claims do not hold, and what the name
+    cell lacks: "cell N: what".
     """
 
     @property
     def default_config(self) -> Config:
-        """nbconvert's settings: HTML as pandoc reads it, without code, which `read_cell` adds."""
+        """nbconvert's settings: HTML as pandoc reads it, without code, which `read_cells` adds."""
         settings_of_classes = {
             "CoalesceStreamsPreprocessor": {"enabled": True},
             "TypstPDFExporter": {
@@ -1962,20 +1971,26 @@ class TypstPDFExporter(HTMLExporter):
             self.keep_one_form(output)
 
     def cell_html(self, cell: NotebookNode) -> str:
-        """HTML of a text, or of the outputs of code, by nbconvert; the source where it cannot."""
+        """HTML of a text, or of the outputs of code, by nbconvert.
+
+        Where it cannot, a text is shown as source, and outputs are left out; a notice says so.
+        """
         # Format 4.4, as 4.5 asks for ids of cells, which older notebooks lack.
         one_cell = NotebookNode(self.nb, nbformat_minor=4, cells=[cell])
         try:
             return super().from_notebook_node(one_cell, dict(self.resources))[0]
         except Exception as error:  # whatever: one cell must not cost the others
+            if cell.cell_type == "code":
+                self.note(self.cell_number, f"its outputs are not shown: {error}")
+                return ""
             self.note(self.cell_number, f"shown as source: {error}")
-            # The code of a code cell is shown in any case.
-            return f"<pre>{escape(cell.source)}</pre>" if cell.cell_type != "code" else ""
+            return f"<pre>{escape(cell.source)}</pre>"
 
     def keep_one_form(self, output: NotebookNode) -> None:
         """Reduce an output's data to the form that the PDF shows.
 
-        That is an image, else Markdown or LaTeX, else HTML, else text.
+        Text alone stays. Else that is an image, Markdown or LaTeX, or HTML, the first that there
+        is. A remark stands in the place of anything else.
         """
         data, metadata = output.get("data", {}), output.get("metadata", {})
         if data.keys() <= {"text/plain"}:
@@ -2052,7 +2067,7 @@ class TypstPDFExporter(HTMLExporter):
         def mark(found: re.Match) -> str:
             return self.mark_formula(unescape(found[2]), is_block=found[1] == "$$")
 
-        spaced = r"\s[^$<>]+"  # $ x $
+        spaced = r"\s[^$<>]+\s"  # $ x $, but not "5$ and 6$"
         tight = r"[^$<>\s](?:[^$<>]*[^$<>\s])?"  # $x$, but not "$5 and $"
         # No digit follows: "$5 to$6" is no formula.
         return re.sub(rf"(\$\$?)({spaced}|{tight})\1(?!\d)", mark, html)
@@ -2177,7 +2192,7 @@ class TypstPDFExporter(HTMLExporter):
         return content
 
     def convert_formulas(self) -> None:
-        """Typst text of all formulas, by one call of pandoc, so that each knows all macros."""
+        """Fill in the Typst text of all formulas, at once, so that each knows all macros."""
         sources = [clean_tex(formula.tex) for formula in self.formulas]
         # pandoc reads a macro's definition outside of formulas only: all go to the front.
         macros = re.findall(MACRO_DEFINITION, " ".join(sources))
@@ -2216,7 +2231,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def compile_typst(self, text: str, *standards: str) -> tuple[bytes | None, str]:
         """PDF of Typst text and "", else None and why."""
-        text = re.sub(FORMULA_MARK, lambda found: self.formulas[int(found[1])].typst, text)
+        text = re.sub(FORMULA_PATTERN, lambda found: self.formulas[int(found[1])].typst, text)
         title = f"#set document(title: {typst_string(self.title)})\n"
         source = title + STYLE + text + missing_labels(text)
         try:
@@ -2229,7 +2244,7 @@ class TypstPDFExporter(HTMLExporter):
         for part in parts:
             if self.compile_typst(part.typst)[0]:
                 continue
-            for number in re.findall(FORMULA_MARK, part.typst):
+            for number in re.findall(FORMULA_PATTERN, part.typst):
                 formula = self.formulas[int(number)]
                 if not self.compile_typst(formula.typst)[0]:
                     self.show_as_source(formula)
@@ -2244,7 +2259,7 @@ class TypstPDFExporter(HTMLExporter):
     def plain_text(self, soup: Tag) -> str:
         """The words of HTML, with each formula as it was typed in the place of its mark."""
         words = soup.get_text()
-        return re.sub(FORMULA_MARK, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
+        return re.sub(FORMULA_PATTERN, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
 
     def note_missing_letters(self, problem: str, parts: list[Part]) -> str:
         """Note the letters that no font has; returns them."""
@@ -2325,8 +2340,8 @@ def clean_tex(tex: str) -> str:
 
 
 def typst_string(text: str) -> str:
-    """A string of Typst."""
-    return json.dumps(text, ensure_ascii=False)
+    """A string of Typst, without control characters, which JSON writes in another way."""
+    return json.dumps(text.translate(CONTROL_CHARACTERS), ensure_ascii=False)
 
 
 def join_parts(body: list[Part], appendix: list[Part]) -> str:
@@ -2385,14 +2400,15 @@ def longest_word_lengths(table: Tag) -> list[int]:
 
 
 def is_printed(output: NotebookNode) -> bool:
-    """Whether the PDF shows an output: not a figure's caption, which stands at the figure."""
+    """Whether the PDF shows an output: not an empty one, and not the caption below a figure."""
     is_caption = output.get("metadata", {}).get("is_caption", False)
-    is_empty = output.get("data") == {}  # streams and errors have no field of that name
+    # Streams and errors have no field of that name.
+    is_empty = "data" in output and all(content == "" for content in output.data.values())
     return not is_caption and not is_empty
 
 
 def figure_image(media_type: str, content: str, alt: str) -> str:
-    """HTML of an image: SVG comes as text, others as base64."""
+    """HTML of an image: SVG comes as text, others as base64; `alt` is HTML."""
     if media_type == "image/svg+xml":
         content = base64.b64encode(content.encode()).decode()
     return f'<img alt="{alt}" src="data:{media_type};base64,{content}">'
@@ -2488,7 +2504,8 @@ def export_pdf(notebook: str | Path | None = None, pdf: str | Path | None = None
     """Write the executed notebook as `pdf`, or beside it; print and return the exporter's notices.
 
     Without `notebook`: in Colab the open one; else the saved file that VS Code or Jupyter names
-    to its kernel, or the folder's only one. Raises FileNotFoundError where there is none.
+    to its kernel, or the folder's only one. Raises FileNotFoundError where there is none,
+    ImportError where a package is missing, RuntimeError where Typst cannot set the notebook.
     """
     opened = None if notebook else colab_notebook()
     path, nb = opened or saved_notebook(notebook)

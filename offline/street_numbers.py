@@ -53,7 +53,7 @@ _SIZE = 32  # pixels of a crop's side
 _FIELD_SAMPLES = 64  # along each side of a glyph's distance field
 _FIELD_REACH = 0.8  # digit heights from a field's center to its sides
 _CHUNK = 250  # crops rendered at once
-_THICK_HALF_STROKE = 0.105  # digit heights; thinner strokes may grow up to it, thicker ones hardly
+_THICK_HALF_STROKE = 0.105  # digit heights; strokes thinner than this may grow, thicker ones hardly
 
 
 @functools.cache
@@ -584,7 +584,7 @@ def render_street_numbers(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rendered crops of house numbers in SVHN's cropped-digit format.
 
     Returns `count` x 3 x 32 x 32 uint8 images and int64 labels 0 to 9, drawn uniformly. The label
-    is the digit in the middle; its neighbors are cut off by the crop. Same seed, same bytes,
+    is the digit in the middle; most of its neighbors are cut by the crop. Same seed, same bytes,
     whatever the number of threads: the work is done in one. Torch's own random state is left
     alone. About 0.65 s a thousand crops. Raises ValueError for a count below 1.
     """

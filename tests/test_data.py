@@ -54,18 +54,17 @@ IMAGES = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 LABELS = torch.tensor([0, 9])
 
 
+WRONG_IMAGES = [IMAGES.float(), IMAGES[:, 0], IMAGES[:1], IMAGES.expand(2, 2, 4, 4)]
+WRONG_LABELS = [LABELS.int(), LABELS[:, None], LABELS - 1, LABELS + 1]
+
+
 @pytest.mark.parametrize(
-    "images", [IMAGES.float(), IMAGES[:, 0], IMAGES[:1], IMAGES.expand(2, 2, 4, 4)]
+    ("images", "labels"),
+    [(images, LABELS) for images in WRONG_IMAGES] + [(IMAGES, labels) for labels in WRONG_LABELS],
 )
-def test_images_of_another_shape_or_type_are_refused(images):
+def test_images_and_labels_of_another_shape_type_or_value_are_refused(images, labels):
     with pytest.raises(ValueError, match="images"):
-        utils.Split(images, LABELS)
-
-
-@pytest.mark.parametrize("labels", [LABELS.int(), LABELS[:, None], LABELS - 1, LABELS + 1])
-def test_labels_of_another_shape_type_or_value_are_refused(labels):
-    with pytest.raises(ValueError, match="images"):
-        utils.Split(IMAGES, labels)
+        utils.Split(images, labels)
 
 
 def test_take_and_first_give_the_images_asked_for_in_that_order():
@@ -212,16 +211,7 @@ def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_downloads(small_sv
         assert not torch.equal(data.test.images[0], data.train.images[0])
 
 
-def test_a_tiny_run_of_the_lone_notebook_takes_real_data(small_svhn, monkeypatch, tmp_path):
-    monkeypatch.setenv("A3_PROFILE", "tiny")
-    monkeypatch.setenv("A3_DATA", "auto")
-    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "not there")
-    as_parquet(utils.data_root() / "svhn" / "train-0.parquet", small_svhn[0])
-    as_parquet(utils.data_root() / "svhn" / "test-0.parquet", small_svhn[1])
-    assert utils.load_svhn().real
-
-
-def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch):
+def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch, tmp_path):
     monkeypatch.setenv("A3_PROFILE", "tiny")
     monkeypatch.setattr(utils, "TINY_SIZES", {"train": 7, "test": 3})
     as_parquet(utils.data_root() / "svhn" / "train-0.parquet", small_svhn[0])
@@ -230,6 +220,9 @@ def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch)
     assert same(data.train, small_svhn[0].first(7))
     assert same(data.test, small_svhn[1].first(3))
     assert describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
+    monkeypatch.setenv("A3_DATA", "auto")
+    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "not there")  # as for the lone notebook
+    assert utils.load_svhn().real
 
 
 def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_path, capsys):

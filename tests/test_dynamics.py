@@ -42,8 +42,6 @@ def test_eigenvalues_stationary_point_and_closed_form_hold_for_every_learning_ra
 
     assert power(sp.S.Zero) == I2
     assert same(power(k + 1), matrix * power(k))
-    exponent = sp.series(sp.log(1 + a**2) / (2 * a), a, 0, 4).removeO()
-    assert sp.expand(exponent - (a / 2 - a**3 / 4)) == 0
 
 
 # ---- the notebook's functions ----
@@ -58,10 +56,7 @@ def test_the_closed_form_is_the_iterated_map(nb, alpha):
     assert (error <= 1e-10 * np.linalg.norm(predicted, axis=1)).all()
 
 
-LEARNING_RATES = [1e-3, 0.3, 0.5, 1.0, 2.0, 4.0]
-
-
-@pytest.mark.parametrize("alpha", LEARNING_RATES)
+@pytest.mark.parametrize("alpha", [1e-3, 4.0])
 def test_a_step_is_the_matrix_and_alone_d_raises_the_value_and_g_lowers_it(nb, alpha):
     d, g = 2.0, 3.0
     new_d, new_g = nb.simultaneous_step(torch.tensor([d, g], dtype=torch.float64), alpha).tolist()

@@ -48,8 +48,17 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
     assert len(positive.unique()) == 50  # drawn at random
 
 
-@pytest.mark.parametrize(("semi_hard", "margin"), [(False, 0.2), (True, 0.5)])
-def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb, semi_hard, margin):
+class Identity(nn.Module):
+    """An embedding that leaves its input as it is."""
+
+    embed_images = embed_features = staticmethod(lambda z: z)
+
+
+@pytest.mark.parametrize("name", ["one-cycle", "semi-hard", "refined"])
+def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb, name):
+    variant = nb.VARIANTS[name]
+    assert variant.margin == (1.0 if name == "refined" else 0.2)
+    assert variant.semi_hard == (name != "one-cycle")
     x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
     x.labels[:5] = 3
     y.labels[y.labels == 3] = 4  # no positive for digit 3
@@ -57,31 +66,16 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
     torch.manual_seed(3)
     sides = []
     for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
-        d = d if semi_hard else None
+        d = d if variant.semi_hard else None
         p, n, usable = nb.mine_triplets(anchors.labels, others.labels, d)
         assert usable.tolist() == [label != 3 for label in anchors.labels.tolist()]
         rows = [part[usable] for part in (anchors.z, others.z[p], others.z[n])]
-        sides.append(nn.TripletMarginLoss(margin, reduction="none")(*rows))
+        sides.append(nn.TripletMarginLoss(variant.margin, reduction="none")(*rows))
     torch.manual_seed(3)  # the same random numbers, so the same triplets
-    loss, active = nb.cross_domain_loss(x, y, semi_hard, margin)
+    loss, metrics = nb.embedding_loss(Identity(), (x.z, x.labels, y.z, y.labels), variant)
     assert torch.allclose(loss, sum(side.mean() for side in sides))
-    assert active.item() == pytest.approx(np.mean([(side > 0).double().mean() for side in sides]))
-
-
-@pytest.mark.parametrize("name", ["one-cycle", "refined"])
-def test_a_variant_decides_negatives_and_margin(nb, name):
-    class Identity(nn.Module):
-        embed_images = embed_features = staticmethod(lambda z: z)
-
-    x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
-    variant = nb.VARIANTS[name]
-    torch.manual_seed(3)
-    expected, _ = nb.cross_domain_loss(x, y, variant.semi_hard, variant.margin)
-    torch.manual_seed(3)
-    batch = x.z, x.labels, y.z, y.labels
-    loss, _ = nb.embedding_loss(Identity(), batch, variant)
-    assert torch.equal(loss, expected)
-    assert variant.margin == (1.0 if name == "refined" else 0.2)
+    active = 100 * np.mean([(side > 0).double().mean() for side in sides])
+    assert metrics["active"].item() == pytest.approx(active)
 
 
 @pytest.mark.parametrize("semi_hard", [False, True])

@@ -127,19 +127,15 @@ def test_the_first_stage_tells_the_time_of_the_run_unless_its_trainings_were_sto
     assert "The whole run takes about 10 minutes on this machine." in capsys.readouterr().out
 
 
-def test_a_gpu_gets_one_job_unless_a3_jobs_says_otherwise(monkeypatch):
+def test_a_gpu_gets_one_job_and_a_cpu_what_its_memory_holds_unless_a3_jobs_is_set(monkeypatch):
+    monkeypatch.setattr(utils.joblib, "cpu_count", lambda: 8)
+    for fits, jobs in ((0, 1), (3, 3)):
+        monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda fits=fits: fits)
+        assert utils.n_jobs() == jobs
     monkeypatch.setattr(utils, "default_device", lambda: torch.device("cuda"))
     assert utils.n_jobs() == 1
     monkeypatch.setenv("A3_JOBS", "3")
     assert utils.n_jobs() == 3
-
-
-def test_no_more_trainings_than_memory_holds_run_at_a_time(monkeypatch):
-    monkeypatch.setattr(utils.joblib, "cpu_count", lambda: 8)
-    monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda: 3)
-    assert utils.n_jobs() == 3
-    monkeypatch.setattr(utils, "jobs_that_fit_in_memory", lambda: 0)
-    assert utils.n_jobs() == 1
 
 
 @pytest.mark.parametrize(

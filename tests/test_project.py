@@ -1,7 +1,6 @@
 """The project: run and publish, in a folder with a difficult name."""
 
 import json
-import textwrap
 
 import nbformat
 import pytest
@@ -238,18 +237,12 @@ def test_claims_are_judged_again_where_their_text_was_corrected_after_the_run(pr
     assert "It took ten minutes" in table.outputs[0].text
 
 
-@pytest.mark.parametrize(
-    "tag", ["other", "definitions", "code-in-appendix", "hide-code", "hide-pdf"]
-)
-def test_the_code_of_every_cell_but_the_claims_counts(tag):
-    one, other = (nbformat.v4.new_notebook(cells=[code(text, tag)]) for text in ("f(1)", "f(2)"))
-    assert tool.code_of(one) != tool.code_of(other)
+def test_code_and_magics_count_whatever_the_tag_and_a_comment_may_be_corrected_after_the_run():
+    def code_with(text, tag="code-in-appendix"):
+        return tool.code_of(nbformat.v4.new_notebook(cells=[code(text, tag)]))
 
-
-def test_a_comment_may_be_corrected_after_the_run_and_a_magic_counts():
-    def code_with(text):
-        return tool.code_of(nbformat.v4.new_notebook(cells=[code(text)]))
-
+    for tag in ("definitions", "hide-code", "hide-pdf"):
+        assert code_with("f(1)", tag) != code_with("f(2)", tag)
     assert code_with("f(1)  # of Table 5") == code_with("f(1)  # of Table 4")
     assert code_with("%pip install a") != code_with("%pip install b")
 
@@ -268,21 +261,15 @@ def test_definitions_are_executed_as_in_the_notebook(tmp_path):
         tool.load_definitions(path)
 
 
-@pytest.mark.parametrize(
-    ("file", "name", "text"),
-    [
-        ("utils.py", "f", "def f():\n    return 2"),
-        ("offline/training/one.py", "A.f", "class A:\n    def f(self):\n        return 2\n"),
-    ],
-)
-def test_sync_quotes_the_definition_of_now_and_keeps_the_words_around_it(file, name, text, project):
-    (project / file).parent.mkdir(parents=True, exist_ok=True)
-    (project / "utils.py").write_text("", encoding="utf-8")
-    (project / file).write_text(f"def g():\n    return 3\n\n{text}", encoding="utf-8")
-    body = textwrap.dedent(text.removeprefix("class A:\n")).strip()
-    quotation = f"From `{file}`: `{name}`\n\n```python\n{body}\n```\n\nAfter"
+def test_sync_quotes_the_definition_of_now_and_keeps_the_words_around_it(project):
+    text = "def f():\n    return 3\n\nclass A:\n    @cached\n    def f(self):\n        return 2\n"
+    (project / "utils.py").write_text(text, encoding="utf-8")
+    body = "@cached\ndef f(self):\n    return 2"
+    quotation = f"From `utils.py`: `A.f`\n\n```python\n{body}\n```\n\nAfter"
     old = quotation.replace("return 2", "return 1")
     cell = nbformat.v4.new_markdown_cell(old, metadata={"tags": ["quotes-code"]})
     path = write_notebook(project / "one.ipynb", code("", "helper-module"), cell)
     tool.sync(path)
     assert tool.read(path).cells[1].source == quotation
+    with pytest.raises(ValueError, match=r"A\.g is quoted, but not defined"):
+        tool.definition_source(text, "A.g")

@@ -90,7 +90,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def tidy_and_save(notebook: NotebookNode, path: Path) -> None:
-    """Write `notebook` with ids that follow its order and only the metadata a reader needs.
+    """Write `notebook`, changed in place: ids that follow its order, metadata that a reader needs.
 
     Cells that begin with `# @title` are folded; Colab is asked for a GPU. Raises
     nbformat.ValidationError for what is no notebook.
@@ -187,13 +187,16 @@ def helper_cell(source: str) -> str:
 def sync(path: Path = NOTEBOOK) -> None:
     """Refresh the notebook's copy of utils.py and the functions it quotes, and tidy its metadata.
 
-    Raises ValueError when the notebook has no cell for the copy, or utils.py cannot be quoted.
+    Raises ValueError when the notebook has no cell for the copy, utils.py cannot be quoted, or a
+    quoted function is not to be found.
     """
     notebook = read(path)
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-code"):
         quoted = QUOTED.search(cell.source)
+        if not quoted:
+            raise ValueError(f"A cell tagged quotes-code names no file: {cell.source[:70]}")
         file = (ROOT / quoted["file"]).read_text(encoding="utf-8")
         before, _, quotation = cell.source.partition("```python\n")
         _, _, after = quotation.partition("\n```")
@@ -203,12 +206,20 @@ def sync(path: Path = NOTEBOOK) -> None:
 
 
 def definition_source(source: str, name: str) -> str:
-    """The source of a function of a module, or of a method: "Trainer.train_step"."""
+    """The source of a function of a module, or of a method: "Trainer.train_step".
+
+    With its decorators. Raises ValueError where there is no such function.
+    """
     found = ast.parse(source)
     for part in name.split("."):
         definitions = [node for node in found.body if isinstance(node, DEFINITIONS)]
-        (found,) = [definition for definition in definitions if definition.name == part]
-    return textwrap.dedent(ast.get_source_segment(source, found, padded=True))
+        named = [definition for definition in definitions if definition.name == part]
+        if not named:
+            raise ValueError(f"{name} is quoted, but not defined.")
+        found = named[0]
+    first_line = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    lines = source.splitlines()[first_line - 1 : found.end_lineno]
+    return textwrap.dedent("\n".join(lines))
 
 
 # ---- run ----
@@ -352,8 +363,8 @@ def run_notebook(output: Path) -> None:
     The notebook is saved as far as it came. Its checkpoints and figures go into A3_RUNS, else into
     runs/ beside `output`; what the kernel's own process complains about goes into kernel.log beside
     `output`. Raises SystemExit that names the cell that failed, or says that `output` is the
-    committed notebook, or that utils.py is not its copy or changed meanwhile; nbclient's
-    DeadKernelError where the kernel itself ended.
+    committed notebook, that A3_RUNS is the project itself, or that utils.py is not the notebook's
+    copy or changed meanwhile; nbclient's DeadKernelError where the kernel itself ended.
     """
     utils_before = utils_content()
     notebook = clear_outputs(read(NOTEBOOK))
@@ -415,7 +426,7 @@ def runs_folder_of(executed: Path) -> Path:
     Raises SystemExit where A3_RUNS is the project itself, whose figures/ is the committed run's.
     """
     setting = os.environ.get("A3_RUNS")
-    runs = ROOT / executed.parent / "runs"
+    runs = executed.parent / "runs"
     if setting:
         runs = ROOT / Path(setting).expanduser()  # a relative one: from where the kernel runs
     if runs.resolve() == ROOT:
@@ -520,11 +531,11 @@ def publish(executed: Path) -> None:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
 
     readme = readme_with(answers_table(run), results)
-    tidy_and_save(committed, NOTEBOOK)
     results_text = json.dumps(results, indent=1) + "\n"
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # a full disk costs no figure
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # a full disk costs nothing
         new_figures = shutil.copytree(figures, Path(folder) / "figures")
         (new_figures / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
+        tidy_and_save(committed, NOTEBOOK)
         shutil.rmtree(ROOT / "figures", ignore_errors=True)
         new_figures.rename(ROOT / "figures")
     (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
@@ -668,22 +679,23 @@ def output_faults(output: NotebookNode) -> Iterator[str]:
 
 
 def texts_of(output: NotebookNode) -> list[str]:
-    """The texts of an output, without the bytes of images."""
+    """The texts of an output, without the bytes of images; SVG is text."""
     texts = [output.get("text", "")]
     for media_type, content in output.get("data", {}).items():
-        if isinstance(content, str) and media_type not in ("image/png", "image/jpeg"):
+        is_image = media_type.startswith("image/") and media_type != "image/svg+xml"
+        if isinstance(content, str) and not is_image:
             texts.append(content)
     return texts
 
 
 def private_names() -> set[str]:
     """What no output may show: this machine's name, and where its users' files lie."""
-    places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
-    places.discard("/")  # the home of a user without one
+    names = {str(ROOT), str(Path.home()), tempfile.gettempdir(), "/home", "/Users", "/root"}
+    names.discard("/")  # the home of a user without one
     host = socket.gethostname()
     if len(host) > 5 and host != "localhost":  # a shorter one may be a word of the text: "torch"
-        places.add(host)
-    return places
+        names.add(host)
+    return names
 
 
 def answers_table(notebook: NotebookNode) -> str:
@@ -749,7 +761,10 @@ def fill_readme(readme: str, start: str, content: str, end: str) -> str:
 
 
 def print_results(executed: Path) -> None:
-    """Print the table of answers of an executed notebook. Raises as `answers_table`."""
+    """Print the table of answers of an executed notebook.
+
+    Raises as `answers_table`, and SystemExit where there is no such file.
+    """
     require_run_file(executed)
     print(answers_table(read(executed)))
 

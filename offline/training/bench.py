@@ -6,14 +6,15 @@
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
 PyTorch's default memory format, 20 epochs of Adam at 1e-3. It gives a time and an accuracy. Ours:
 the whole set as one tensor of bytes, small images, channels_last, pooling before the ReLU, and a
-short training with Muon that shows easy images less often. Both train the same network on the same
-images, with the same number of threads in one process; the time starts when the images lie in
-memory as arrays. The starter has one seed, ours three, of which the median counts.
+short training with Muon, which on SVHN shows easy images less often. Both train the same network
+on the same images, with the same number of threads in one process; the time starts when the images
+lie in memory as arrays. The starter has one seed, ours three, of which the median counts.
 
-The results go into bench.json beside this file: a list of records, one for each machine, arithmetic
-and number of threads. A run replaces the record of its own kind, or adds one at the end. A starter
-that was measured stays until --full measures it again. The README's table shows the records whose
-processor and machine are those of the first record.
+The results go into bench.json beside this file: a list of records, one for each machine (processor,
+number of cores, GPU and version of torch), arithmetic and number of threads. A run replaces the
+record of its own kind, or adds one at the end. A starter that was measured stays until --full
+measures it again. The README's table shows the records whose processor and machine are those of the
+first record.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first one in SHORT_EPOCHS after which the test
@@ -60,7 +61,7 @@ class Kind(NamedTuple):
     """What the seconds depend on. A record of bench.json has these fields, and "data"."""
 
     processor: str
-    machine: str
+    machine: str  # number of cores, GPU, version of torch
     arithmetic: str
     threads: int
 
@@ -161,7 +162,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(gradient: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows, about; one row for each output channel.
 
-    By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which bring all
+    By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which bring the larger
     singular values near one, in bf16 where the processor is fast at it. There are no more rows than
     columns in this network.
     """
@@ -184,7 +185,7 @@ def share_of_peak(step: int, steps: int) -> float:
 
 def optimizers(model: nn.Module, recipe: ShortRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions behind the first, AdamW for the rest."""
-    # Not the first convolution: its images have one channel.
+    # More than one input channel: all convolutions but the first.
     inner = [weight for weight in model.parameters() if weight.ndim == 4 and weight.shape[1] > 1]
     chosen = {id(weight) for weight in inner}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
@@ -262,7 +263,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
         for optimizer in two_optimizers
     ]
     order = definitions.random_order(len(train), steps * recipe.batch_size, generator)
-    is_hard = torch.zeros(len(train), dtype=torch.bool)  # of a loss above its batch's median
+    is_hard = torch.zeros(len(train), dtype=torch.bool)  # whose loss was above its batch's median
     steps_of_first_epoch = len(train) // recipe.batch_size
     for step in range(steps):
         start = step * recipe.batch_size
@@ -455,7 +456,7 @@ def save_and_fill_readme(records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Compare on real MNIST and real SVHN, store the results and print their table."""
+    """Compare on real MNIST and real SVHN; store the results, also in the README; print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="train the starter's 20 epochs")
     arguments = parser.parse_args()

@@ -69,7 +69,7 @@ LOG_EVERY = 100  # steps
 SNAPSHOT_EVERY = 500  # steps
 GUIDE_STEPS = 800
 EVALUATION_CLASSIFIER_STEPS = 1000
-CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # a step, for guide and evaluation classifier
+CLASSIFIER_BATCH = {"street": 88, "handwritten": 40}  # in a step of guide and evaluation classifier
 AFFINE = (10, 0.05, 0.1, 0.1)  # degrees, shift, zoom, shear: see the notebook's random_affine
 FRECHET_IMAGES = 2_000  # on each side of a Fréchet distance
 SEED = 0
@@ -494,7 +494,10 @@ def reference_features(
 def measure_snapshots(
     runs: Path, classifier: EvaluationClassifier, reference: dict[str, Tensor]
 ) -> list[dict]:
-    """The quality of the raw and the averaged generator of every snapshot, at truncation 1."""
+    """The quality of the raw and the averaged generator of every snapshot, at truncation 1.
+
+    Of all snapshots in `runs`, those of an earlier training too.
+    """
     entries = []
     for path in sorted(runs.glob("snapshot-*.pt")):
         entry: dict = {"step": int(path.stem.partition("-")[2])}
@@ -535,7 +538,7 @@ def settings_record(trainer: Trainer, trained_on: list[str]) -> dict:
         "class_weight": CLASS_WEIGHT,
         "ema_decay": EMA_DECAY,
         "guide_steps": GUIDE_STEPS,
-        "evaluation_steps": EVALUATION_CLASSIFIER_STEPS,
+        "evaluation_classifier_steps": EVALUATION_CLASSIFIER_STEPS,
         "images_compared": FRECHET_IMAGES,
         "machine": utils.describe_machine(),
     }

@@ -149,7 +149,7 @@ def train(model: nn.Module, split: utils.Split, checkpoint: Path) -> float:
 
 
 def recipe() -> dict[str, object]:
-    """What decides the weights, for the .json."""
+    """The settings of the training, for the .json; seeds and steps are not among them."""
     return {
         "augmentation": AUGMENTATION,
         "batch": BATCH,
