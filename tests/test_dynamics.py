@@ -56,7 +56,7 @@ def test_the_closed_form_is_the_iterated_map(nb, alpha):
     assert (error <= 1e-10 * np.linalg.norm(predicted, axis=1)).all()
 
 
-@pytest.mark.parametrize("alpha", [1e-3, 4.0])
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 0.5, 1.0, 2.0, 4.0])
 def test_a_step_is_the_matrix_and_alone_d_raises_the_value_and_g_lowers_it(nb, alpha):
     d, g = 2.0, 3.0
     new_d, new_g = nb.simultaneous_step(torch.tensor([d, g], dtype=torch.float64), alpha).tolist()
