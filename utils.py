@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import copy
 import copyreg
 import dis
 import gzip
@@ -143,7 +142,7 @@ def forward_dtype(device: torch.device) -> torch.dtype:
     """Data type of the forward pass: A3_PRECISION, else what is fast on `device`.
 
     bf16 on CPUs and GPUs that have it (from Ampere on), fp16 with a loss scaler on older GPUs,
-    else fp32. Raises ValueError for fp16 on a CPU.
+    else fp32. Raises ValueError for fp16 on a CPU and as `setting`.
     """
     choice = setting("A3_PRECISION")
     if choice == "auto" and device.type == "cuda":
@@ -257,9 +256,7 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def first(self, count: int) -> Split:
-        """The first `count` images, or all when there are fewer. ValueError for a count below 1."""
-        if count < 1:
-            raise ValueError(f"count must be 1 or more; got {count}")
+        """The first `count` images, or all when there are fewer. ValueError for none."""
         return Split(self.images[:count], self.labels[:count])
 
     def counts(self) -> list[int]:
@@ -360,7 +357,7 @@ def fetch_from(url: str, fetch: Callable[[], Path]) -> Path:
             return fetch()
 
 
-def fetch_first(
+def fetch_from_any(
     name: str, sources: Sequence[Source], hint: str, earlier_failures: Sequence[str] = ()
 ) -> Path:
     """The file from the first of `sources` that gives one.
@@ -391,7 +388,7 @@ def download(url: str, path: Path, sha256_prefix: str) -> Path:
     return path
 
 
-def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
+def verified_file(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     """`path`, with a file of this sha256: the one there, else from the first url that gives it.
 
     Raises DataError that lists every failure.
@@ -408,11 +405,11 @@ def download_once(urls: Sequence[str], path: Path, sha256_prefix: str) -> Path:
     sources = [(url, partial(download, url, path, sha256_prefix)) for url in urls]
     wanted = f"{path} (sha256 {sha256_prefix}...)"
     hint = f"run again with an internet connection, or save the file as {wanted}"
-    return fetch_first(path.name, sources, hint, failures)
+    return fetch_from_any(path.name, sources, hint, failures)
 
 
 def hub_source(repository: str, file: str, folder: Path, repo_type: str = "model") -> Source:
-    """A source for `fetch_first`: a file of the Hugging Face hub, saved below `folder`.
+    """A source for `fetch_from_any`: a file of the Hugging Face hub, saved below `folder`.
 
     The hub's own client checks the file and resumes a download that was cut. Raises ImportError
     without huggingface_hub.
@@ -484,7 +481,7 @@ def real_mnist(part: str) -> Split:
         name = f"{prefix}-{kind}-ubyte.gz"
         path = data_root() / "MNIST" / "raw" / name
         contents.append(
-            read_idx(download_once([f"{MNIST_URL}/{name}"], path, SHA256_PREFIXES[name]))
+            read_idx(verified_file([f"{MNIST_URL}/{name}"], path, SHA256_PREFIXES[name]))
         )
     images, labels = contents
     return Split(images.view(-1, 1, 28, 28), labels.long())
@@ -616,7 +613,7 @@ def download_svhn(part: str, earlier_failures: list[str]) -> Path:
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
     files_needed = "train_32x32.mat and test_32x32.mat"
     hint = f"run again with an internet connection, or put {files_needed} into {root}"
-    return fetch_first(f"SVHN ({part})", sources, hint, failures)
+    return fetch_from_any(f"SVHN ({part})", sources, hint, failures)
 
 
 # Stand-ins, and which data a run takes
@@ -729,7 +726,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def load_published_g(model: nn.Module) -> None:
     """Fill `model` with the starter's published weights. Raises DataError, RuntimeError."""
-    path = download_once(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
+    path = verified_file(PUBLISHED_G_URLS, data_root() / "svhn-f564f3d8.pth", "f564f3d8")
     load_weights(model, path)
     # Its output i stands for the digit i + 1, the last one for 0. Rolled by one, output i stands
     # for the digit i.
@@ -747,14 +744,14 @@ def load_our_g(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def percent_right(model: nn.Module, split: Split, device: torch.device) -> float:
+def classifier_accuracy(model: nn.Module, split: Split, device: torch.device) -> float:
     """Percent of `split` that `model` classifies right, without autocast.
 
     `model` must be in eval mode and on `device`.
     """
     chunks = split.images.split(250)
-    guesses = [model(to_float(images).to(device)).argmax(1).cpu() for images in chunks]
-    return 100 * (torch.cat(guesses) == split.labels).float().mean().item()
+    predictions = [model(to_float(images).to(device)).argmax(1).cpu() for images in chunks]
+    return 100 * (torch.cat(predictions) == split.labels).float().mean().item()
 
 
 def short_reason(error: Exception) -> str:
@@ -784,7 +781,7 @@ def load_trained_g(model: nn.Module, street: DigitData, device: torch.device) ->
         except (RuntimeError, OSError) as error:
             print(f"Not used: {origin}: {short_reason(error)}")
             continue
-        accuracy = percent_right(model, trial, device)
+        accuracy = classifier_accuracy(model, trial, device)
         if accuracy >= MIN_G_ACCURACY:
             return origin
         print(f"Not used: {origin}: {accuracy:.1f} % right on {len(trial):,} training images.")
@@ -823,14 +820,14 @@ def load_biggan_deep(name: str, device: torch.device) -> ImageGenerator:
         # whether it doubles the size, and its channels in and out, in units of 128.
         added = [(True, 8, 8), (False, 8, 8)]
         config.layers = config.layers[:5] + added + config.layers[5:]
-        path = download_once(
+        path = verified_file(
             [BIGGAN_256_URL], data_root() / f"{name}.bin", BIGGAN_256_SHA256_PREFIX
         )
     else:
         path = data_root() / name / "pytorch_model.bin"
         if not path.exists():  # the hub's client gives only a whole file this name
             source = hub_source(BIGGAN_128_MIRROR, path.name, path.parent)
-            fetch_first(name, [source], "run again with an internet connection")
+            fetch_from_any(name, [source], "run again with an internet connection")
     # load_weights checks all keys; the library's from_pretrained would accept any file.
     model = load_weights(BigGAN(config), path).to(device).requires_grad_(False)
     side = config.output_dim
@@ -1063,7 +1060,7 @@ class Checkpointer:
 
     def load(self) -> History:
         """The history so far, with the state put back; empty where there is no usable file."""
-        beginning = self.to_bytes([])  # as loading may fail half way
+        untrained = self.to_bytes([])  # to be put back where a file can be loaded only in part
         try:
             return self.restore(self.path.read_bytes())
         except FileNotFoundError:
@@ -1071,10 +1068,10 @@ class Checkpointer:
         except Exception as error:
             kind = type(error).__name__
             print_notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
-            return self.restore(beginning)
+            return self.restore(untrained)
 
     def save_if_due(self, history: History, last: bool) -> None:
-        """Write the state after an epoch: after the `last`, else at most every ten seconds."""
+        """Write the state after the last epoch; after others not if a save has just been."""
         if not last and time.monotonic() - self.last_save_or_start < SECONDS_BETWEEN_SAVES:
             return
         content = self.to_bytes(history)
@@ -1101,7 +1098,7 @@ def fit(
     The checkpoint, in `runs_folder`, is named after a fingerprint of the code, data and settings
     that are handed over, and of this file, so what is changed trains again. The device, its
     automatic precision and versions of packages do not count. An error or an interrupt loses the
-    current epoch, and those that ended less than ten seconds after the last save.
+    current epoch, and those that ended less than SECONDS_BETWEEN_SAVES after the last save.
 
     Raises FloatingPointError when the loss is not finite, ValueError as `new_training`.
     """
@@ -1153,7 +1150,8 @@ def predict(model: nn.Module, split: Split) -> Tensor:
     outputs = []
     with autocast(device):
         for chunk in split.images.split(512):
-            images = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
+            images = to_float(chunk.to(device))
+            images = images.contiguous(memory_format=torch.channels_last)
             outputs.append(model(images).float())
     return torch.cat(outputs).cpu()
 
@@ -1178,15 +1176,14 @@ def fingerprint(*parts: object) -> str:
     imports in its body does not count. Docstrings of functions count, comments do not; in modules,
     both do. Another version of Python gives other byte code.
     """
-    digests: dict[int, bytes] = {}  # by the id of each part
-    alive: list[object] = []  # all parts, so that no id is used again
+    # By the id of a part: the part, kept so that its id is not used again, and its digest.
+    known: dict[int, tuple[object, bytes]] = {}
 
     def digest(part: object) -> bytes:
-        if id(part) in digests:
-            return digests[id(part)]
-        alive.append(part)
+        if id(part) in known:
+            return known[id(part)][1]
         # Until its own digest is known: a part that holds itself would be followed for ever.
-        digests[id(part)] = UNFINISHED
+        known[id(part)] = (part, UNFINISHED)
         kind = type(part)
         pieces = [kind.__qualname__.encode(), b":"]
         if is_ours(kind):
@@ -1198,8 +1195,8 @@ def fingerprint(*parts: object) -> str:
             pieces += sorted(digest(item) for item in content)
         else:
             pieces += [digest(item) for item in content]
-        digests[id(part)] = hashlib.sha256(b"".join(pieces)).digest()
-        return digests[id(part)]
+        known[id(part)] = (part, hashlib.sha256(b"".join(pieces)).digest())
+        return known[id(part)][1]
 
     return digest(parts).hex()[:16]
 
@@ -1221,10 +1218,15 @@ def content_of_instance(part: object) -> list:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
     except Exception:  # what cannot be pickled counts by its type: a lock, a file, a generator
         return []
-    if isinstance(reduced, str):  # the name of a global
-        return [reduced]
-    # A function that rebuilds the part, its arguments, its state, and iterators over its items.
-    return [list(entry) if isinstance(entry, Iterator) else entry for entry in reduced]
+    if isinstance(reduced, str):  # the name of a global, such as math.exp
+        return [getattr(part, "__module__", ""), reduced]
+    # A function that rebuilds the part, its arguments, and up to three more entries: its state, and
+    # iterators over what it holds as a list or as a dict.
+    content = []
+    for entry in reduced:
+        is_iterator = isinstance(entry, Iterator)
+        content.append(list(entry) if is_iterator else entry)
+    return content
 
 
 @content_of.register
@@ -1352,14 +1354,12 @@ def is_ours(part: FunctionType | type | ModuleType) -> bool:
 
 
 def counts_as_member(name: str, member: object) -> bool:
-    """Whether a fingerprint covers a member of one of our classes.
-
-    Of the members whose names begin with two underscores, only functions do.
-    """
-    if name == "_abc_impl":  # a cache that abc adds
-        return False
-    # unwrap: out of torch.no_grad(), and of the staticmethod around __new__.
-    return not name.startswith("__") or isinstance(inspect.unwrap(member), FunctionType)
+    """Whether a fingerprint covers a member of one of our classes."""
+    if not name.startswith("__"):
+        return True
+    # __init__ and __call__ count, __doc__ and __dict__ do not. unwrap: out of torch.no_grad(), and
+    # of the staticmethod around __new__.
+    return isinstance(inspect.unwrap(member), FunctionType)
 
 
 def code_within(code: CodeType) -> list[CodeType]:
@@ -1438,13 +1438,13 @@ def memory_limit() -> float:
 
 @cache
 def jobs_that_fit_in_memory() -> int:
-    """How many trainings fit into the memory that is free at the first call.
+    """How many trainings fit into the memory that is free at the first call; 0 where none does.
 
     Later, idle workers hold some of it, which the next trainings take over.
     """
     left_below_limit = memory_limit() - psutil.Process().memory_info().rss
     free = min(psutil.virtual_memory().available, left_below_limit)
-    return int(free / MEMORY_OF_A_TRAINING)
+    return max(0, int(free / MEMORY_OF_A_TRAINING))
 
 
 def n_jobs() -> int:
@@ -1529,7 +1529,11 @@ def run_task(task: Callable[[], Result], name: str, epochs_file: Path) -> Result
 
 
 def run_in_processes(calls: dict[Hashable, partial], jobs: int) -> dict[Hashable, Any]:
-    """The results of `calls`, from `jobs` processes."""
+    """The results of `calls`, from `jobs` processes.
+
+    Raises RuntimeError that names the tasks in work where a process was ended from outside. What a
+    task raises ends the other processes.
+    """
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     # Where the settings changed, loky starts new workers.
     executor = get_reusable_executor(max_workers=jobs, env=WORKER_SETTINGS | settings)
@@ -1604,14 +1608,17 @@ class StageDisplay:
 
     def __enter__(self) -> StageDisplay:
         self.handle = display(display_id=True) if in_kernel() else None
-        file = DisplayStream(self.handle) if self.handle else sys.stdout
+        if self.handle:
+            file, disable = DisplayStream(self.handle), False
+        else:
+            file, disable = sys.stdout, None  # None: only on a terminal, not in a log file
         self.bar = tqdm(
             total=self.all_epochs,
             desc=self.title,
             unit="epoch",
             file=file,
             leave=False,
-            disable=None if file is sys.stdout else False,  # None: no bar in a log file
+            disable=disable,
         )
         self.thread.start()
         return self
@@ -1768,7 +1775,7 @@ def show_frame(
 def cell_text(value: object) -> str:
     """A table's cell: floats with two decimals, nothing for NaN, true minus signs."""
     if isinstance(value, float | np.floating):
-        value = "" if math.isnan(value) else f"{value:z.2f}"
+        value = "" if math.isnan(value) else f"{value:z.2f}"  # z: 0.00, not -0.00
     # A hyphen that begins a number; those within words and ranges (1-2) stay.
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", str(value))
 
@@ -1907,7 +1914,7 @@ class TypstPDFExporter(HTMLExporter):
         check_versions()
         import typst
 
-        self.nb = normalized(nb)
+        self.nb = with_all_fields(nb)
         self.resources = self._init_resources(resources)
         self.formulas: list[Formula] = []
         self.numbered_notices: list[tuple[int, str]] = []  # number of a cell, what about it
@@ -2078,7 +2085,8 @@ class TypstPDFExporter(HTMLExporter):
         Also sets `title`, the PDF's, and notes what the name cell lacks.
         """
         number, source = self.submission_cell()
-        who = {"NAME": "", "STUDENT_NUMBER": "", "DISCUSSED_WITH": ""} | assigned_values(source)
+        values = assigned_values(source)
+        who = {name: values.get(name, "") for name in ("NAME", "STUDENT_NUMBER", "DISCUSSED_WITH")}
         missing = [name for name, value in who.items() if not value]
         if missing:
             self.note(number, f"the name cell lacks {', '.join(missing)}: fill it in")
@@ -2092,11 +2100,12 @@ class TypstPDFExporter(HTMLExporter):
         return Part(number, BeautifulSoup(html, "html.parser"))
 
     def submission_cell(self) -> tuple[int, str]:
-        """Number and source of the name cell; 1 and nothing where there is none."""
+        """Number and source of the last name cell; 1 and nothing where there is none."""
+        found = (1, "")
         for number, cell in enumerate(self.nb.cells, 1):
             if "submission" in cell.metadata.tags:
-                return number, cell.source
-        return 1, ""
+                found = (number, cell.source)
+        return found
 
     # HTML for paper
 
@@ -2166,7 +2175,11 @@ class TypstPDFExporter(HTMLExporter):
     # HTML to PDF
 
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
-        """The PDF of all parts, as PDF/A if it can be. What cannot be set is shown as source."""
+        """The PDF of all parts, by the first of three ways that succeeds.
+
+        As PDF/A; the same with what is not valid Typst shown as source; without PDF/A, which a
+        letter that no font has prevents.
+        """
         self.convert_formulas()
         parts = body + appendix
         self.convert_parts(parts)
@@ -2178,9 +2191,9 @@ class TypstPDFExporter(HTMLExporter):
             content, problem = self.compile_typst(join_parts(body, appendix), PDF_A)
             if content is not None:
                 return content
-        return self.plain_pdf(body, appendix, problem)
+        return self.pdf_without_standard(body, appendix, problem)
 
-    def plain_pdf(self, body: list[Part], appendix: list[Part], problem: str) -> bytes:
+    def pdf_without_standard(self, body: list[Part], appendix: list[Part], problem: str) -> bytes:
         """A PDF that is no PDF/A, with the names of symbols that no font has.
 
         `problem` is why there is no PDF/A. Raises RuntimeError where this cannot be set, either.
@@ -2196,11 +2209,7 @@ class TypstPDFExporter(HTMLExporter):
         sources = [clean_tex(formula.tex) for formula in self.formulas]
         # pandoc reads a macro's definition outside of formulas only: all go to the front.
         macros = re.findall(MACRO_DEFINITION, " ".join(sources))
-        numbered = []
-        for number, tex in enumerate(sources):
-            # Of a formula of macros alone a space is left, as pandoc takes $$$$ for no formula.
-            tex = re.sub(MACRO_DEFINITION, "", tex).strip() or "~"
-            numbered.append(f"{number} $${tex}$$")  # the number tells pandoc's answers apart
+        numbered = [numbered_formula(number, tex) for number, tex in enumerate(sources)]
         try:
             text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
         except RuntimeError:  # a macro's definition is broken: the formulas go without any
@@ -2339,6 +2348,16 @@ def clean_tex(tex: str) -> str:
     return " ".join(with_new_fonts.split())
 
 
+def numbered_formula(number: int, tex: str) -> str:
+    """A paragraph for pandoc: a number, which its answer will have too, and a formula.
+
+    The formula is without definitions of macros. Where nothing else is left, it is a space, as
+    pandoc takes $$$$ for no formula.
+    """
+    tex = re.sub(MACRO_DEFINITION, "", tex).strip() or "~"
+    return f"{number} $${tex}$$"
+
+
 def typst_string(text: str) -> str:
     """A string of Typst, without control characters, which JSON writes in another way."""
     return json.dumps(text.translate(CONTROL_CHARACTERS), ensure_ascii=False)
@@ -2366,7 +2385,8 @@ def code_listing(code: str) -> str:
     heading = ""
     first, _, rest = code.partition("\n")
     if first.startswith(("# @title", "#@title")):
-        title = first.partition("@title")[2].partition("{")[0]  # Colab's options follow in braces
+        title = first.partition("@title")[2]
+        title = re.sub(r"\{[^{}]*\}\s*$", "", title)  # Colab's options
         heading = f"<h4>{escape(title.strip())}</h4>"
         code = rest
     if not code.strip():
@@ -2423,7 +2443,8 @@ def contains_sentence(cell: NotebookNode, sentence: str) -> bool:
     """Whether a text cell holds a sentence, whatever its emphasis and line breaks."""
     if cell.cell_type != "markdown":
         return False
-    return plain_words(sentence).rstrip(".") in plain_words(cell.source)
+    words = re.escape(plain_words(sentence).rstrip("."))
+    return re.search(rf"(?<!\w){words}(?!\w)", plain_words(cell.source)) is not None
 
 
 def plain_words(text: str) -> str:
@@ -2432,29 +2453,19 @@ def plain_words(text: str) -> str:
 
 
 def assigned_values(source: str) -> dict[str, str]:
-    """Names and their values, as text, that a cell assigns; {} if it is no Python."""
-    without_magics = re.sub(r"(?m)^[%!].*", "", source)  # %pip install ...
+    """Names and the constants, as text, that a cell assigns to them; {} if it is no Python."""
     try:
-        statements = ast.parse(without_magics).body
+        statements = ast.parse(source).body
     except SyntaxError:
         return {}
     values = {}
     for statement in statements:
-        if isinstance(statement, ast.Assign):
-            targets = statement.targets
-        elif isinstance(statement, ast.AnnAssign) and statement.value:  # NAME: str = "Ann"
-            targets = [statement.target]
-        else:
+        if not isinstance(statement, ast.Assign):
             continue
         with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
             value = ast.literal_eval(statement.value)
-            for target in targets:
-                if isinstance(target, ast.Tuple | ast.List):  # NAME, STUDENT_NUMBER = "Ann", "1"
-                    names, items = target.elts, value
-                else:
-                    names, items = [target], [value]
-                for name, item in zip(names, items, strict=True):
-                    values[ast.unparse(name)] = value_text(item)
+            for target in statement.targets:
+                values[ast.unparse(target)] = value_text(value)
     return values
 
 
@@ -2466,9 +2477,13 @@ def value_text(value: object) -> str:
     return ", ".join(map(str, items)).strip()
 
 
-def normalized(nb: NotebookNode) -> NotebookNode:
-    """A copy of a notebook with the fields that some lack, and its name cell tagged."""
-    nb = NotebookNode(copy.deepcopy(nb))
+def with_all_fields(nb: NotebookNode) -> NotebookNode:
+    """A copy of a notebook with the fields that some lack, and its name cell tagged.
+
+    Half of an emoji, which a text cut by a program may end in, becomes a question mark.
+    """
+    text = json.dumps(nb, ensure_ascii=False).encode("utf-8", "replace").decode()
+    nb = nbformat.from_dict(json.loads(text))
     nb.setdefault("metadata", {}).pop("widgets", None)  # nbconvert stops at Colab's form of them
     nb.setdefault("cells", [])
     for cell in nb.cells:

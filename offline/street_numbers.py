@@ -110,7 +110,7 @@ def _chance(rng: torch.Generator, probability: float, *shape: int) -> Tensor:
 
 
 def _smooth_noise(rng: torch.Generator, n: int, channels: int, cells: int) -> Tensor:
-    """n x channels x 32 x 32 of smooth noise, about unit variance, with `cells` bumps a side."""
+    """n x channels x 32 x 32 of smooth noise, of a variance near 0.8, with `cells` bumps a side."""
     coarse = _normal(rng, 1.0, n, channels, cells, cells)
     return F.interpolate(coarse, size=_SIZE, mode="bicubic", align_corners=False)
 
@@ -288,9 +288,8 @@ def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard)
     half_stroke = faces.half_strokes[faces.chosen].view(n, 1, 1)
     most_lowered = 0.25 * half_stroke
     most_raised = (_THICK_HALF_STROKE - half_stroke).clamp(min=0.005, max=0.05)
-    above_lowest = _uniform(rng, 0, 1, n, 1, 1) * (most_lowered + most_raised)
-    field = field + above_lowest - most_lowered  # by -most_lowered to most_raised
-    return _HouseNumber(field, places.left, places.right)
+    raised = _uniform(rng, 0, 1, n, 1, 1) * (most_lowered + most_raised) - most_lowered
+    return _HouseNumber(field + raised, places.left, places.right)
 
 
 def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
@@ -300,10 +299,10 @@ def _colors(rng: torch.Generator, n: int, luminance: Tensor) -> Tensor:
     is_brown = pick > 0.65
     is_any_hue = (pick > 0.45) & (pick < 0.65)  # pink and green too
     # A hue is an angle in the plane of (cb, cr): blue is about -0.6, brown about 2.4.
-    any_hue = _uniform(rng, -np.pi, np.pi, n)
-    # any_hue / pi serves as a random number in -1..1.
-    bluish = -0.6 + 0.3 * any_hue / np.pi  # -0.9 to -0.3
-    brownish = 2.4 + 0.35 * any_hue / np.pi  # 2.05 to 2.75
+    spread = _uniform(rng, -1, 1, n)  # each color needs one hue only
+    any_hue = np.pi * spread
+    bluish = -0.6 + 0.3 * spread  # -0.9 to -0.3
+    brownish = 2.4 + 0.35 * spread  # 2.05 to 2.75
     hue = torch.where(is_blue, bluish, any_hue)
     hue = torch.where(is_brown, brownish, hue)
     vivid = torch.rand(n, generator=rng)
@@ -355,7 +354,7 @@ def _depth_in_plate(rng: torch.Generator, sign: _Signboard, number: _HouseNumber
     from_ends = torch.minimum(sign.u - number.left, number.right - sign.u) + margin_u
     depth = torch.minimum(from_ends, 0.5 + margin_v - sign.v.abs())
     ends_in_crop = torch.rand(n, 1, 1, generator=rng) < 0.4
-    depth_if_plate_fills_crop = depth + 4.0  # digit heights
+    depth_if_plate_fills_crop = depth + 4.0  # digit heights: no edge is near the crop
     return torch.where(ends_in_crop, depth, depth_if_plate_fills_crop)
 
 
@@ -542,7 +541,7 @@ def _enlarge(rng: torch.Generator, image: Tensor, photo_side: Tensor) -> Tensor:
     It also gives the halos of a sharpened photograph.
     """
     row = torch.arange(_SIZE, dtype=torch.float32)
-    position_in_photo = (row.view(1, -1, 1) + 0.5) / (_SIZE / photo_side) - 0.5
+    position_in_photo = (row.view(1, -1, 1) + 0.5) * photo_side / _SIZE - 0.5
     distance = (row.view(1, 1, -1) - position_in_photo).abs()
     kernel = _keys_kernel(distance, a=-_uniform(rng, 0.0, 0.9, len(image), 1, 1))
     is_in_photo = row.view(1, 1, -1) < photo_side.ceil()

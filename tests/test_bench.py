@@ -26,8 +26,13 @@ def run_record(machine="a", threads=2):
         "test_images": 64,
         "seconds_are": "measured",
     }
-    kind = {"processor": "p", "machine": machine, "arithmetic": "fp32, AVX2", "threads": threads}
-    return kind | {"data": {"MNIST": {"starter": starter}}}
+    conditions = {
+        "processor": "p",
+        "machine": machine,
+        "arithmetic": "fp32, AVX2",
+        "threads": threads,
+    }
+    return conditions | {"data": {"MNIST": {"starter": starter}}}
 
 
 def test_a_step_is_about_the_nearest_orthogonal_one(bench):
@@ -47,18 +52,18 @@ def test_every_weight_has_one_optimizer(bench):
     assert sorted(ids) == sorted(map(id, model.parameters()))
 
 
-def test_a_starter_of_another_kind_gives_its_accuracy_only(bench):
+def test_a_starter_under_other_conditions_gives_its_accuracy_only(bench):
     split = noise_split(64)
     mnist = utils.DigitData("MNIST", split, split, real=True)
     records = [run_record(machine="b"), run_record()]
-    measured = bench.starter_for(mnist, records, bench.kind_of(records[1]))
+    measured = bench.starter_for(mnist, records, bench.conditions_of(records[1]))
     assert measured is records[1]["data"]["MNIST"]["starter"]
-    estimate = bench.starter_for(mnist, records, bench.kind_of(run_record(threads=1)))
+    estimate = bench.starter_for(mnist, records, bench.conditions_of(run_record(threads=1)))
     assert estimate["test_acc"] == 99.3
     assert estimate["seconds"] != 900.0 and estimate["seconds_are"] == "extrapolated"
     fewer = replace(mnist, test=split.first(10))
     with pytest.raises(SystemExit, match="judged by 10 test images"):
-        bench.starter_for(fewer, records, bench.kind_of(records[1]))
+        bench.starter_for(fewer, records, bench.conditions_of(records[1]))
 
 
 def test_the_readme_shows_the_records_of_the_first_ones_machine(bench):

@@ -70,8 +70,8 @@ def test_class_accuracy_is_the_share_of_its_own_ten_classes(nb, gan):
         def forward(self, images):
             return torch.eye(20)[13].expand(len(images), -1)
 
-    assert nb.class_accuracy(gan, AlwaysThirteen(), first=0, count=20) == 0
-    assert nb.class_accuracy(gan, AlwaysThirteen(), first=10, count=20) == pytest.approx(10)
+    assert nb.class_accuracy(gan, AlwaysThirteen(), first_class=0, count=20) == 0
+    assert nb.class_accuracy(gan, AlwaysThirteen(), first_class=10, count=20) == pytest.approx(10)
 
 
 def test_the_evaluation_classifier_recognizes_the_digits_that_were_asked_for(nb, gan):

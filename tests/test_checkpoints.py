@@ -4,6 +4,8 @@ The code of a student is changed in many ways. That a kernel and its workers agr
 test_parallel.py.
 """
 
+import cmath
+import math
 import os
 import re
 import subprocess
@@ -173,7 +175,7 @@ def test_values_of_all_kinds_have_keys_of_their_own():
         *[zeros, zeros.view(2, 1), zeros.double(), zeros.bfloat16(), zeros + 1, torch.tensor(1)],
         *[torch.zeros(2, requires_grad=True), np.zeros(2), np.ones(2), np.float32(0)],
         *[np.float64(0.1), len, int, float, torch.relu, torch.tanh, "a".join, "b".join],
-        *[np.sin, np.tanh, re.compile("a"), re.compile("b"), os, np, utils],
+        *[math.exp, cmath.exp, np.sin, np.tanh, re.compile("a"), re.compile("b"), os, np, utils],
         *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
         *[np.random.default_rng(1), np.random.default_rng(2)],
         *[defaultdict(int), defaultdict(list), Named([1], "one"), Named([1], "two")],

@@ -112,7 +112,7 @@ def names(folder):
 @pytest.mark.parametrize("bad", [cut(BODY), sends(BODY[:-1] + b"!")], ids=["cut", "changed"])
 def test_a_cut_or_changed_file_is_tried_again(bad, path, server):
     server.routes["/g"] = first_time(bad, sends(BODY))
-    utils.download_once([f"{server.url}/g"], path, SHA)
+    utils.verified_file([f"{server.url}/g"], path, SHA)
     assert path.read_bytes() == BODY
     assert server.hits == ["/g", "/g"]
 
@@ -130,13 +130,13 @@ def test_a_bad_address_is_told_and_the_next_one_serves(fault, says, path, server
     path.parent.mkdir()
     path.write_bytes(b"damaged")
     with pytest.raises(utils.DataError) as caught:
-        utils.download_once([f"{server.url}/bad", f"{NOWHERE}/g"], path, SHA)
+        utils.verified_file([f"{server.url}/bad", f"{NOWHERE}/g"], path, SHA)
     message = str(caught.value)
     for words in ("another sha256", says, "Connection refused", str(path), SHA):
         assert words in message
     assert names(path.parent) == ["g.pth"]  # nothing half-written
     assert path.read_bytes() == b"damaged"
-    utils.download_once([f"{server.url}/bad", f"{server.url}/good"], path, SHA)
+    utils.verified_file([f"{server.url}/bad", f"{server.url}/good"], path, SHA)
     assert path.read_bytes() == BODY
 
 
@@ -144,7 +144,7 @@ def test_a_name_server_that_says_nothing_is_given_up(path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3) or [])
     start = time.monotonic()
     with pytest.raises(utils.DataError, match="silent for"):
-        utils.download_once(["https://nowhere.invalid/g"], path, SHA)
+        utils.verified_file(["https://nowhere.invalid/g"], path, SHA)
     assert time.monotonic() - start < 2.5
 
 
@@ -223,5 +223,5 @@ def test_svhn_comes_from_the_official_address_else_from_the_mirror_though_cut_on
 def test_a_file_that_cannot_be_read_is_not_called_another_one(path):
     path.mkdir(parents=True)  # reading a folder fails
     with pytest.raises(utils.DataError, match="IsADirectoryError") as caught:
-        utils.download_once([], path, SHA)
+        utils.verified_file([], path, SHA)
     assert "another sha256" not in str(caught.value)

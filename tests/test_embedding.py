@@ -19,7 +19,7 @@ def embedded(nb, count, seed, dimensions=8):
     """Random embeddings with random labels."""
     generator = seeded(seed)
     z = torch.randn(count, dimensions, generator=generator)
-    return nb.Embedded(z, torch.randint(0, 10, (count,), generator=generator))
+    return nb.LabeledVectors(z, torch.randint(0, 10, (count,), generator=generator))
 
 
 def test_random_triplets_reach_every_positive_and_every_negative_equally_and_independently(nb):
@@ -34,7 +34,7 @@ def test_random_triplets_reach_every_positive_and_every_negative_equally_and_ind
 def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthest(nb):
     torch.manual_seed(0)
     x, y = embedded(nb, 500, 1), embedded(nb, 50, 2)
-    distances = torch.cdist(x.z, y.z)
+    distances = torch.cdist(x.vectors, y.vectors)
     positive, negative, usable = nb.mine_triplets(x.labels, y.labels, distances)
     assert usable.all()
     assert (y.labels[positive] == x.labels).all()
@@ -62,17 +62,19 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
     x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
     x.labels[:5] = 3
     y.labels[y.labels == 3] = 4  # no positive for digit 3
-    distances = torch.cdist(x.z, y.z)
+    distances = torch.cdist(x.vectors, y.vectors)
     torch.manual_seed(3)
     sides = []
     for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
         d = d if variant.semi_hard else None
         p, n, usable = nb.mine_triplets(anchors.labels, others.labels, d)
         assert usable.tolist() == [label != 3 for label in anchors.labels.tolist()]
-        rows = [part[usable] for part in (anchors.z, others.z[p], others.z[n])]
+        rows = [part[usable] for part in (anchors.vectors, others.vectors[p], others.vectors[n])]
         sides.append(nn.TripletMarginLoss(variant.margin, reduction="none")(*rows))
     torch.manual_seed(3)  # the same random numbers, so the same triplets
-    loss, metrics = nb.embedding_loss(Identity(), (x.z, x.labels, y.z, y.labels), variant)
+    loss, metrics = nb.embedding_loss(
+        Identity(), (x.vectors, x.labels, y.vectors, y.labels), variant
+    )
     assert torch.allclose(loss, sum(side.mean() for side in sides))
     active = 100 * np.mean([(side > 0).double().mean() for side in sides])
     assert metrics["active"].item() == pytest.approx(active)
@@ -80,13 +82,15 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_usable_anchors(nb,
 
 @pytest.mark.parametrize("semi_hard", [False, True])
 def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_hard):
-    same = nb.Embedded(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
+    same = nb.LabeledVectors(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
     nb.cross_domain_loss(same, same, semi_hard, 0.2)[0].backward()
-    assert torch.isfinite(same.z.grad).all()
-    alone = nb.Embedded(torch.randn(2, 2, requires_grad=True), torch.zeros(2).long())  # no negative
+    assert torch.isfinite(same.vectors.grad).all()
+    alone = nb.LabeledVectors(
+        torch.randn(2, 2, requires_grad=True), torch.zeros(2).long()
+    )  # no negative
     loss, active = nb.cross_domain_loss(alone, alone, semi_hard, 0.2)
     loss.backward()
-    assert (loss, active, alone.z.grad.abs().sum()) == (0, 0, 0)
+    assert (loss, active, alone.vectors.grad.abs().sum()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["suggested", "semi-hard"])
@@ -101,8 +105,8 @@ def test_no_step_of_the_embedding_waits_for_a_gpu(nb, name):
 
 def test_neighbors_are_those_of_scikit_learn(nb):
     x, y = embedded(nb, 2100, 1), embedded(nb, 300, 2)
-    distances, indices = nb.nearest_neighbors(x.z, y.z, 5)
-    exact = NearestNeighbors(n_neighbors=5).fit(y.z.numpy()).kneighbors(x.z.numpy())
+    distances, indices = nb.nearest_neighbors(x.vectors, y.vectors, 5)
+    exact = NearestNeighbors(n_neighbors=5).fit(y.vectors.numpy()).kneighbors(x.vectors.numpy())
     assert np.allclose(distances, exact[0], atol=1e-4)
     assert (indices.numpy() == exact[1]).all()
     hits = y.labels[indices[:, 0]] == x.labels
@@ -123,8 +127,10 @@ def test_top1_of_draws_asks_100_and_all_queries_of_each_draws_gallery(nb):
     scores = nb.top1_of_draws(x, y, draws=3)
     for seed in range(3):
         few, gallery = nb.draw_indices(seed, 150, 2_500)
-        gallery = nb.Embedded(y.z[gallery], y.labels[gallery])
-        assert scores["100"][seed] == nb.top1(nb.Embedded(x.z[few], x.labels[few]), gallery)
+        gallery = nb.LabeledVectors(y.vectors[gallery], y.labels[gallery])
+        assert scores["100"][seed] == nb.top1(
+            nb.LabeledVectors(x.vectors[few], x.labels[few]), gallery
+        )
         assert scores["all"][seed] == nb.top1(x, gallery)
 
 
@@ -147,7 +153,7 @@ def test_stored_features_give_the_embedding_of_the_pixels(nb):
 def data(nb):
     """What an embedding is trained on; the features tell the digit."""
     labels = torch.arange(90) % 10
-    street = nb.Embedded(F.one_hot(labels, 256).float() * 3, labels)
+    street = nb.LabeledVectors(F.one_hot(labels, 256).float() * 3, labels)
     digits = patterns(440, 1, size=28)
     return nb.EmbeddingData(digits.first(300), digits.take(range(300, 440)), street)
 
@@ -155,9 +161,9 @@ def data(nb):
 def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, data):
     marks = torch.arange(256)  # an image or feature is its own number
     digits = utils.Split(marks.to(torch.uint8).view(-1, 1, 1, 1), marks % 10)
-    street = nb.Embedded(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
+    street = nb.LabeledVectors(torch.arange(300.0).view(-1, 1), (torch.arange(300) + 3) % 10)
     plan = utils.Plan("x", epochs=2, steps_per_epoch=3, seed=1)
-    loader = nb.TripletLoader(digits, street, nb.BASELINE, plan)
+    loader = nb.JointLoader(digits, street, nb.BASELINE, plan)
     batches = [*loader.epoch(0), *loader.epoch(1)]
     assert len(batches) == 6
     orders = []
@@ -170,9 +176,9 @@ def test_a_batch_has_256_of_each_set_or_all_each_with_its_label_and_order(nb, da
         orders += [x_marks, y_marks]
     for number, order in enumerate(orders):
         assert all((order == other).sum() < 15 for other in orders[:number])
-    other_seed = nb.TripletLoader(digits, street, nb.BASELINE, replace(plan, seed=2)).epoch(0)
+    other_seed = nb.JointLoader(digits, street, nb.BASELINE, replace(plan, seed=2)).epoch(0)
     assert not torch.equal(next(other_seed)[2], batches[0][2])
-    few = next(nb.TripletLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
+    few = next(nb.JointLoader(digits, data.street, nb.BASELINE, plan).epoch(0))
     assert len(few[3]) == 90
 
 
@@ -186,14 +192,14 @@ def test_a_training_follows_its_variant_and_watches_held_out_images(nb, data, mo
     assert replace(done, evaluate=None) == replace(plan, lr=variant.lr, schedule=variant.schedule)
     assert loss_fn.keywords == {"variant": variant}
     assert bool(len(model.prepare)) == (name == "refined")
-    expected = nb.TripletLoader(data.handwritten, data.street, variant.recipe, plan).epoch(0)
+    expected = nb.JointLoader(data.handwritten, data.street, variant.recipe, plan).epoch(0)
     assert torch.equal(next(batches(0))[0], next(expected)[0])
-    held_out = nb.Embedded(utils.predict(model, data.held_out), data.held_out.labels)
-    gallery = nb.Embedded(nb.embed_street(model, data.street.z), data.street.labels)
+    held_out = nb.LabeledVectors(utils.predict(model, data.held_out), data.held_out.labels)
+    gallery = nb.LabeledVectors(nb.embed_street(model, data.street.vectors), data.street.labels)
     top1 = nb.top1(held_out, gallery)
     assert done.evaluate(model) == {"val_top1": top1}
     # Each of the 20 draws takes all of so small a gallery.
-    assert nb.validation_top1(model, data.held_out, data.street) == pytest.approx(top1)
+    assert nb.validation_top1(model, data) == pytest.approx(top1)
 
 
 def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(nb, data):

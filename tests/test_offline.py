@@ -68,7 +68,7 @@ def test_labels_are_those_of_the_digits_shown(crops, nb):
     """g, which was trained on real SVHN, reads them."""
     model = utils.load_weights(nb.StreetClassifier(), digit_biggan.WEIGHTS / "street_classifier.pt")
     split = utils.Split(*crops).first(400)
-    assert utils.percent_right(model, split, CPU) > 93
+    assert utils.classifier_accuracy(model, split, CPU) > 93
 
 
 def test_the_stand_in_is_rendered_again_after_a_change(monkeypatch):

@@ -249,17 +249,19 @@ def test_outputs_of_errors_without_words_and_of_code_stay_whole():
     assert not pdf.notices
 
 
-@pytest.mark.parametrize(
-    "who",
-    [
-        WHO.replace("NAME =", "NAME: str =", 1),
-        "%pip install x\n" + WHO,
-        'NAME, STUDENT_NUMBER = "Ada", "4000"',
-        '[NAME, STUDENT_NUMBER] = "Ada", "4000"',
-    ],
-)
-def test_names_are_found_however_they_are_assigned(who):
-    assert "Name: Ada" in export(md("a"), code(who)).text
+def test_a_name_typed_into_a_new_cell_replaces_that_of_the_tagged_one():
+    empty = code('NAME = ""\nSTUDENT_NUMBER = ""', tags=("submission",))
+    assert "Name: Ada" in export(md("a"), empty, code(WHO)).text
+
+
+def test_half_of_an_emoji_costs_nothing():
+    assert "before ? after" in export(md("before \ud83d after"), code(WHO)).text
+
+
+def test_a_claim_is_not_found_within_longer_words():
+    short, longer = md("It is fast."), md("It is faster than rain.")
+    assert utils.contains_sentence(short, "It is fast")
+    assert not utils.contains_sentence(longer, "It is fast")
 
 
 def test_a_cell_with_an_impossible_dict_costs_nothing():

@@ -40,7 +40,7 @@ def test_a_recipe_with_half_the_channels_halves_every_layer_of_the_trunk(nb, kin
     plan = utils.Plan("narrow", epochs=1, steps_per_epoch=1)
     single, _ = nb.train_single(split, None, recipe, plan)
     two_heads = nb.TwoHeads(kind, [recipe, recipe])
-    for model in (single, two_heads.task(0), two_heads.task(1)):
+    for model in (single, two_heads.model_of_task(0), two_heads.model_of_task(1)):
         convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
         assert [layer.out_channels for layer in convolutions] == [16, 32, 32]
         assert model(torch.randn(2, 1, 20, 20)).shape == (2, 10)
@@ -86,8 +86,8 @@ def test_the_model_of_one_task_is_its_half_of_the_joint_model(nb, kind, number):
     halves = torch.randn(4, 1, 20, 20), torch.randn(4, 1, 20, 20)
     with torch.no_grad():
         expected = model(*halves)[number]
-        assert torch.allclose(model.task(number)(halves[number]), expected, atol=1e-5)
-        other = model.task(1 - number)(halves[number])
+        assert torch.allclose(model.model_of_task(number)(halves[number]), expected, atol=1e-5)
+        other = model.model_of_task(1 - number)(halves[number])
     assert not torch.allclose(other, expected, atol=1e-2)
 
 
@@ -196,7 +196,7 @@ def test_a_multi_task_training_learns_both_tasks_and_moves_all_weights(nb, kind)
     model, history = nb.train_multi(tasks, utils.Plan("x", epochs=4, steps_per_epoch=8))
     for number, role in enumerate(ROLES):
         last = nb.task_history(history, role)[-1]
-        own = nb.evaluate_split(model.task(number), test[number])
+        own = nb.evaluate_split(model.model_of_task(number), test[number])
         assert {name: last[name] for name in own} == own
         assert own["test_acc"] > 90
     accuracies = nb.task_accuracies(model, (test[0], test[0]))

@@ -57,10 +57,10 @@ def test_class_k_of_the_published_g_is_the_digit_k_plus_1_else_it_is_left_out(
     for name in ("classifier.0.weight", "classifier.0.bias"):
         state[name] = state[name].roll(shift, 0)
     torch.save(state, tmp_path / "svhn.pth")
-    monkeypatch.setattr(utils, "download_once", lambda *_: tmp_path / "svhn.pth")
+    monkeypatch.setattr(utils, "verified_file", lambda *_: tmp_path / "svhn.pth")
     model = nb.StreetClassifier()
     assert utils.load_trained_g(model, svhn, CPU) == (PUBLISHED if shift == -1 else OURS)
-    assert utils.percent_right(model, svhn.train, CPU) > 90
+    assert utils.classifier_accuracy(model, svhn.train, CPU) > 90
     assert not model.training
 
 
@@ -106,7 +106,7 @@ def test_biggan_deep_256_has_the_published_layers_and_loads_strictly(monkeypatch
 
 def test_a_stored_biggan_deep_128_needs_no_network(monkeypatch):
     monkeypatch.setattr(biggan, "BigGANConfig", partial(biggan.BigGANConfig, channel_width=8))
-    monkeypatch.setattr(utils, "fetch_first", None)
+    monkeypatch.setattr(utils, "fetch_from_any", None)
     path = utils.data_root() / "biggan-deep-128" / "pytorch_model.bin"
     path.parent.mkdir(parents=True)
     torch.save(biggan.BigGAN(biggan.BigGANConfig()).state_dict(), path)

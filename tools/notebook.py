@@ -239,8 +239,9 @@ class Console:
 
     def write(self, text: str) -> None:
         """Take the next piece of what the kernel prints, of any length."""
-        *finished, self.unfinished = (self.unfinished + text).split("\n")
-        for line in finished:
+        lines = (self.unfinished + text).split("\n")
+        self.unfinished = lines.pop()
+        for line in lines:
             self._write(visible(line) + "\n")
         self._draw_progress(self.bar or self.unfinished)
 
@@ -286,7 +287,7 @@ class QuietKernelManager(AsyncKernelManager):
     """
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-        """Ask the kernel to end, and kill it when it does not."""
+        """Ask the kernel to end, and kill it when it does not; `now` makes no difference."""
         await self.request_shutdown(restart=restart)
         await self.finish_shutdown(restart=restart)
         await self.cleanup_resources(restart=restart)
@@ -345,12 +346,11 @@ class StreamingClient(nbclient.NotebookClient):
         display = transient.get("display_id", "")
         if not display:
             return
-        is_new = display not in self.shown
         before = self.shown.get(display, "")
-        self.shown[display] = text
-        if is_new:
+        if display not in self.shown:
             self.console.finish()  # with the last state of the bar before
             self.last_display = display
+        self.shown[display] = text
         if display == self.last_display:
             self.console.progress(text)
         elif text != before:
@@ -525,7 +525,7 @@ def publish(executed: Path) -> None:
     else:  # the cells are the same: outputs can be copied, and claims that differ judged anew
         copy_outputs(run, committed)
         if sources(tagged(committed, "claims")) != sources(tagged(run, "claims")):
-            results["claims"] = judge_claims(committed, results)
+            results["claims"] = judge_claims_again(committed, results)
     faults += results_faults(results)
     if faults:
         raise SystemExit("Not published:\n" + "\n".join(f"- {fault}" for fault in faults))
@@ -535,10 +535,12 @@ def publish(executed: Path) -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # a full disk costs nothing
         new_figures = shutil.copytree(figures, Path(folder) / "figures")
         (new_figures / "results.json").write_text(results_text, encoding="utf-8", newline="\n")
+        new_readme = Path(folder) / "README.md"
+        new_readme.write_text(readme, encoding="utf-8", newline="\n")
         tidy_and_save(committed, NOTEBOOK)
         shutil.rmtree(ROOT / "figures", ignore_errors=True)
         new_figures.rename(ROOT / "figures")
-    (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+        new_readme.replace(ROOT / "README.md")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -610,7 +612,7 @@ def copy_outputs(executed: NotebookNode, committed: NotebookNode) -> None:
         cell.execution_count = executed_cell.execution_count
 
 
-def judge_claims(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, bool]:
+def judge_claims_again(notebook: NotebookNode, results: dict[str, Any]) -> dict[str, bool]:
     """The claims of `notebook`, evaluated from the results of a run; their table is shown anew.
 
     The cells tagged `claims` may use json, math, np, scipy's stats, utils, `results`, `claims`, and

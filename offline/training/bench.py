@@ -13,9 +13,9 @@ lie in memory as arrays. Each has three seeds, of which the median counts.
 
 The results go into bench.json beside this file: a list of records, one for each machine (processor,
 number of cores, GPU and version of torch), arithmetic and number of threads. A run replaces the
-record of its own kind, or adds one at the end. A starter that was measured stays until --full
-measures it again. The README's table shows the records whose processor and machine are those of the
-first record.
+record with the same conditions, or adds one at the end. A starter that was measured stays until
+--full measures it again. The README's table shows the records whose processor and machine are those
+of the first record.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first one in SHORT_EPOCHS after which the test
@@ -58,7 +58,7 @@ BENCH_END = "<!-- end of bench -->"
 TIMED_IMAGES = 6_000  # of the starter's epoch, where its time is extrapolated
 
 
-class Kind(NamedTuple):
+class Conditions(NamedTuple):
     """What the seconds depend on. A record of bench.json has these fields, and "data"."""
 
     processor: str
@@ -298,7 +298,7 @@ def median_of_seeds(
         started = time.perf_counter()
         model = training(seed)
         seconds.append(time.perf_counter() - started)
-        accuracies.append(utils.percent_right(model, test, CPU))
+        accuracies.append(utils.classifier_accuracy(model, test, CPU))
     return {
         "seconds": statistics.median(seconds),
         "test_acc": statistics.median(accuracies),
@@ -367,14 +367,14 @@ def processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def this_kind(threads: int) -> Kind:
-    """The kind of a run on this machine."""
-    return Kind(processor(), utils.describe_machine(), arithmetic(), threads)
+def current_conditions(threads: int) -> Conditions:
+    """The conditions of a run on this machine."""
+    return Conditions(processor(), utils.describe_machine(), arithmetic(), threads)
 
 
-def kind_of(record: dict[str, Any]) -> Kind:
-    """The kind of a stored run."""
-    return Kind(*(record[field] for field in Kind._fields))
+def conditions_of(record: dict[str, Any]) -> Conditions:
+    """The conditions of a stored run."""
+    return Conditions(*(record[field] for field in Conditions._fields))
 
 
 def load_records() -> list[dict[str, Any]]:
@@ -385,30 +385,34 @@ def load_records() -> list[dict[str, Any]]:
 
 
 def with_record(records: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records with `new` in the place of the one of its kind, else at the end."""
-    kinds = [kind_of(record) for record in records]
-    if kind_of(new) not in kinds:
+    """The records with `new` in the place of the one with its conditions, else at the end."""
+    stored = [conditions_of(record) for record in records]
+    if conditions_of(new) not in stored:
         return [*records, new]
-    place = kinds.index(kind_of(new))
+    place = stored.index(conditions_of(new))
     return [*records[:place], new, *records[place + 1 :]]
 
 
 def measured_starters(
     records: list[dict[str, Any]], data: utils.DigitData
-) -> dict[Kind, dict[str, Any]]:
-    """By kind: the starter's stored results with measured seconds, not extrapolated ones, that were
-    judged by as many test images as `data` has."""
+) -> dict[Conditions, dict[str, Any]]:
+    """By conditions, the starter's stored results that can be compared.
+
+    Their seconds are measured, not extrapolated, and as many test images as `data` has judged them.
+    """
     found = {}
     for record in records:
         starter = record["data"].get(data.name, {}).get("starter", {})
         same_images = starter.get("test_images") == len(data.test)
         if same_images and starter["seconds_are"] == "measured":
-            found[kind_of(record)] = starter
+            found[conditions_of(record)] = starter
     return found
 
 
-def starter_for(data: utils.DigitData, records: list[dict[str, Any]], kind: Kind) -> dict[str, Any]:
-    """The starter's result if it is not trained now: the one stored for `kind`, else an estimate.
+def starter_for(
+    data: utils.DigitData, records: list[dict[str, Any]], conditions: Conditions
+) -> dict[str, Any]:
+    """The starter's result if it is not trained now: a stored one, else an estimate.
 
     An estimate has the accuracy of the first measured result, and the seconds that a part of an
     epoch promises. Raises SystemExit where no measured result for these test images is stored.
@@ -419,8 +423,8 @@ def starter_for(data: utils.DigitData, records: list[dict[str, Any]], kind: Kind
             f"{RESULTS.name} has no starter that was judged by {len(data.test):,} test images of "
             f"{data.name}: run make bench ARGS=--full."
         )
-    if kind in measured:
-        return measured[kind]
+    if conditions in measured:
+        return measured[conditions]
     return estimated_starter(data, next(iter(measured.values())))
 
 
@@ -455,7 +459,9 @@ def save_and_fill_readme(records: list[dict[str, Any]]) -> None:
     text = json.dumps(records, indent=1) + "\n"
     utils.write_atomically(RESULTS, lambda path: path.write_text(text, "utf-8", newline="\n"))
     readme = with_table((ROOT / "README.md").read_text(encoding="utf-8"), records)
-    (ROOT / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+    utils.write_atomically(
+        ROOT / "README.md", lambda path: path.write_text(readme, "utf-8", newline="\n")
+    )
 
 
 def main() -> None:
@@ -468,10 +474,10 @@ def main() -> None:
     os.environ.update(A3_PROFILE="full", A3_DATA="real")
     threads = min(2, joblib.cpu_count())
     torch.set_num_threads(threads)
-    kind = this_kind(threads)
+    conditions = current_conditions(threads)
     records = load_records()
-    earlier = [record for record in records if kind_of(record) == kind]
-    new_record = kind._asdict() | {"data": dict(earlier[0]["data"]) if earlier else {}}
+    earlier = [record for record in records if conditions_of(record) == conditions]
+    new_record = conditions._asdict() | {"data": dict(earlier[0]["data"]) if earlier else {}}
     for name in arguments.data:
         data = loaders[name]()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
@@ -481,7 +487,7 @@ def main() -> None:
             new_record["data"][data.name] = {"starter": starter}
             save_and_fill_readme(with_record(records, new_record))
         else:
-            starter = starter_for(data, records, kind)
+            starter = starter_for(data, records, conditions)
         short = short_result(data, test, starter["test_acc"])
         ratio = starter["seconds"] / short["seconds"]
         new_record["data"][data.name] = {"starter": starter, "short": short, "ratio": ratio}

@@ -157,7 +157,8 @@ def trainable_biggan(state: dict[str, Tensor] | None = None) -> BigGAN:
     model = untrained_digit_biggan()
     for module in model.modules():
         if isinstance(module, BigGANBatchNorm):
-            module.__class__ = TrainableBatchNorm  # the library builds the layers, ours can train
+            # The library always builds its own norms. Ours has the same attributes, and can train.
+            module.__class__ = TrainableBatchNorm
     if state is None:
         initialize(model)
     else:
@@ -390,19 +391,25 @@ def train(trainer: Trainer, real: RealImages, runs: Path) -> None:
 
 
 @torch.no_grad()
+def settle_spectral_norms(model: BigGAN) -> None:
+    """Bring the power iterations of the spectral norms to rest; leave `model` in train mode."""
+    model.train()
+    z = noise(CLASSES, torch.Generator().manual_seed(STATISTICS_SEED))
+    for _ in range(20):
+        model(z, one_hot(torch.arange(CLASSES)), 1.0)
+
+
+@torch.no_grad()
 def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     """Fill rows of the batch-norm tables (row i: truncation i/50); leave `model` in eval mode.
 
-    First the spectral norms settle. Then, for each row, noise of that truncation goes through with
-    only the batch norms in train mode, so that each stores what it sees. The same noise directions
-    serve every row, so the tables vary smoothly with the truncation.
+    For each row, noise of that truncation goes through with only the batch norms in train mode, so
+    that each stores what it sees. The same noise directions serve every row, so the tables vary
+    smoothly with the truncation.
     """
-    labels = torch.arange(CLASSES).repeat(per_class)
-    model.train()
-    for _ in range(20):  # the spectral norms' power iterations settle
-        z = noise(CLASSES, torch.Generator().manual_seed(STATISTICS_SEED))
-        model(z, one_hot(labels[:CLASSES]), 1.0)
+    settle_spectral_norms(model)
     model.eval()
+    labels = torch.arange(CLASSES).repeat(per_class)
     # Each conditional norm holds linear layers with spectral norms, which must stay as they are. So
     # only the norm's own `training` is set: norm.train() would reach them too.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
@@ -475,20 +482,20 @@ def quality(
 def reference_features(
     parts: dict[str, RealImages], classifier: EvaluationClassifier
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Features of real training images of each role, and the measures of real images.
+    """Features of real training images of each role, and the quality of real images.
 
     The distance is that of training to test images: what a perfect generator would come to.
     """
-    reference, facts = {}, {}
+    reference, measures = {}, {}
     for role in FIRST_CLASS:
         train_batch = parts["train"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(3))
         test_batch = parts["test"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(4))
         reference[role], train_right = features_and_right(classifier, *train_batch)
         test_features, test_right = features_and_right(classifier, *test_batch)
-        facts[f"recognized_{role}_train"] = round(train_right, 2)
-        facts[f"recognized_{role}_test"] = round(test_right, 2)
-        facts[f"frechet_{role}"] = round(frechet_distance(reference[role], test_features), 2)
-    return reference, facts
+        measures[f"recognized_{role}_train"] = round(train_right, 2)
+        measures[f"recognized_{role}_test"] = round(test_right, 2)
+        measures[f"frechet_{role}"] = round(frechet_distance(reference[role], test_features), 2)
+    return reference, measures
 
 
 def measure_snapshots(

@@ -178,7 +178,7 @@ def main() -> None:
 
     accuracy = {}
     for data in (street, utils.svhn_stand_in()):
-        accuracy[data.name] = round(utils.percent_right(model, data.test, CPU), 2)
+        accuracy[data.name] = round(utils.classifier_accuracy(model, data.test, CPU), 2)
     record = {
         "accuracy": accuracy,
         "trained_on": describe_size(street),
