@@ -1800,7 +1800,7 @@ PDF_A = "a-2b"  # a standard for archives; makes Typst report letters without gl
 TABLE_WIDTH = 54  # what fits on the page, in em of TABLE_SIZE
 TABLE_SIZE = 9  # pt
 STYLE = r"""
-// fit_table counts on the 9pt and 0.45em of tables, and on words that break from 60 letters on.
+// fit_table counts on the 9pt and 0.45em of tables, and on words that break from 80 letters on.
 #set page(paper: "a4", margin: (x: 1.8cm, y: 1.7cm), footer:
   context text(8pt)[#document.title #h(1fr) #counter(page).display("1 / 1", both: true)])
 #set text(10pt)
@@ -1809,20 +1809,26 @@ STYLE = r"""
 #show link: set text(navy)
 #show quote: it => block(
   width: 100%, fill: luma(242), inset: 6pt, spacing: 8.5pt, breakable: false, it.body)
-#show regex("\S{60,}"): it => it.text.replace(regex(".{8}"), part => part.text + sym.zws) // breaks
+// Words of 80 letters and more may break after every eighth. Code copied from the PDF keeps these
+// invisible breaks, so shorter words have none.
+#show regex("\S{80,}"): it => it.text.replace(regex(".{8}"), part => part.text + sym.zws)
 #set figure(supplement: none, numbering: none)
 #show figure: set text(9pt)
 #show figure.where(kind: image): set block(spacing: 1.6em)
 #show figure.where(kind: table): set figure.caption(position: top)
+// A table of less than half a page stays on one page.
 #show figure.where(kind: table): set block(breakable: true)
-#show figure.where(kind: table): it => layout(size => // only long tables break
-  block(spacing: 1.6em, breakable: measure(it, width: size.width).height > 50% * page.height, it))
+#show figure.where(kind: table): it => layout(size => {
+  let height = measure(it, width: size.width).height
+  block(spacing: 1.6em, breakable: height > 50% * page.height, it)
+})
 #set table(stroke: (x: none, y: 0.3pt + gray), inset: (x: 0.45em, y: 0.37em))
 #show table: set par(justify: false)
 #show table.cell: set align(right)
 #show table.cell.where(x: 0): set align(left)
 #show table.cell.where(y: 0): strong
-#show image: it => layout(size => { // no higher than 60 % of the page
+// An image is no higher than 60 % of the page.
+#show image: it => layout(size => {
   let ratio = 0.6 * page.height / measure(it, width: size.width).height
   if ratio < 1 { scale(ratio * 100%, reflow: true, it) } else { it }
 })
@@ -2165,8 +2171,8 @@ class TypstPDFExporter(HTMLExporter):
         """Make the type of a table smaller where its longest words are wider than the page."""
         lengths = longest_word_lengths(table)
         # In em: half of one for a letter, and STYLE's inset of 0.45 on both sides of a column.
-        # STYLE breaks words of 60 letters and more.
-        width = sum(0.5 * min(60, length) + 0.9 for length in lengths)
+        # STYLE breaks words of 80 letters and more.
+        width = sum(0.5 * min(80, length) + 0.9 for length in lengths)
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"  # pandoc hands it on to Typst
