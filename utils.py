@@ -184,7 +184,7 @@ TIMEOUT = 10.0  # how long, in seconds, a server may be silent
 # An address, and a function that downloads it and returns the path of the file.
 Source = tuple[str, Callable[[], Path]]
 RETRYABLE = (  # what a second try may mend
-    RuntimeError,  # torch.hub: the file has another hash, as it was cut
+    RuntimeError,  # among others, torch.hub's for a file with another hash, as one that was cut
     ConnectionError,
     http.client.HTTPException,
 )
@@ -337,7 +337,9 @@ def wait_for_answer(url: str) -> None:
     try:
         answer.result(TIMEOUT).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ConnectionError):
-        return  # the server is there; the download will say what is wrong
+        # The server is there, and the download will say what is wrong. urllib wraps errors of
+        # connecting in URLError: one that comes bare comes after the connection was made.
+        return
     except urllib.error.URLError as error:  # refused, unknown host, certificate
         if isinstance(error.reason, ssl.SSLError):
             return
@@ -1071,7 +1073,7 @@ class Checkpointer:
             return self.restore(untrained)
 
     def save_if_due(self, history: History, last: bool) -> None:
-        """Write the state after the last epoch; after others not if a save has just been."""
+        """Write the state after the last epoch, and after others if none was saved a moment ago."""
         if not last and time.monotonic() - self.last_save_or_start < SECONDS_BETWEEN_SAVES:
             return
         content = self.to_bytes(history)
@@ -1216,7 +1218,7 @@ def content_of_instance(part: object) -> list:
     registered = copyreg.dispatch_table.get(type(part))
     try:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
-    except Exception:  # what cannot be pickled counts by its type: a lock, a file, a generator
+    except Exception:  # what cannot be pickled counts by its type: a lock, a file
         return []
     if isinstance(reduced, str):  # the name of a global, such as math.exp
         return [getattr(part, "__module__", ""), reduced]
@@ -1269,8 +1271,9 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # Its type (with the module's name, which `digest` leaves out), mode, children, own weights, and
-    # what its class added to the attributes of every module. Hooks do not count.
+    # Its type, which gives the module's name too (`digest` writes only the class's own name), mode,
+    # children, own weights, and what its class added to the attributes of every module. Hooks do
+    # not count.
     of_every_module = vars(nn.Module())
     attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -1346,8 +1349,9 @@ def is_ours(part: FunctionType | type | ModuleType) -> bool:
     if package in sys.stdlib_module_names:
         return False
     module = sys.modules.get(package)
+    # No module, no file: the notebook's definitions, which tools/notebook.py loads without making
+    # them importable. They are ours. A namespace package has folders in place of a file.
     file = getattr(module, "__file__", None)
-    # A namespace package has folders in place of a file.
     places = [file] if file else getattr(module, "__path__", [])
     installed = {"site-packages", "dist-packages"}
     return not any(installed & set(Path(place).parts) for place in places)
@@ -1357,8 +1361,8 @@ def counts_as_member(name: str, member: object) -> bool:
     """Whether a fingerprint covers a member of one of our classes."""
     if not name.startswith("__"):
         return True
-    # __init__ and __call__ count, __doc__ and __dict__ do not. unwrap: out of torch.no_grad(), and
-    # of the staticmethod around __new__.
+    # Of names with two underscores only methods count (__init__, __call__), not what Python adds
+    # (__doc__, __dict__). A method may be wrapped: by a decorator, and __new__ by staticmethod.
     return isinstance(inspect.unwrap(member), FunctionType)
 
 
@@ -1431,7 +1435,8 @@ def memory_limit() -> float:
         # top of the tree, so that some of these folders are missing.
         own = PurePosixPath(group)
         for place in (own, *own.parents):
-            with suppress(OSError, ValueError):  # no such file; "max"
+            # OSError: no such file. ValueError: int("max"), where the group has no limit.
+            with suppress(OSError, ValueError):
                 limits.append(int((folder / str(place).lstrip("/") / file).read_text("utf-8")))
     return min(limits)
 
@@ -1944,7 +1949,8 @@ class TypstPDFExporter(HTMLExporter):
         for number, cell in enumerate(self.nb.cells, 1):
             if LEFT_OUT_TAGS & set(cell.metadata.tags):
                 continue
-            self.cell_number = number  # for all that reads this cell
+            # An attribute, as nbconvert calls `markdown2html` and cannot hand the number on.
+            self.cell_number = number
             if cell.cell_type == "code":
                 self.keep_printable_outputs(cell)
             part, listing = self.read_cell(cell)
@@ -2002,8 +2008,8 @@ class TypstPDFExporter(HTMLExporter):
     def keep_one_form(self, output: NotebookNode) -> None:
         """Reduce an output's data to the form that the PDF shows.
 
-        Text alone stays. Else that is an image, Markdown or LaTeX, or HTML, the first that there
-        is. A remark stands in the place of anything else.
+        Plain text alone stays. Otherwise it is the first of these that exists: image, Markdown,
+        LaTeX, HTML. A remark stands in the place of anything else.
         """
         data, metadata = output.get("data", {}), output.get("metadata", {})
         if data.keys() <= {"text/plain"}:
@@ -2183,8 +2189,8 @@ class TypstPDFExporter(HTMLExporter):
     def typeset(self, body: list[Part], appendix: list[Part]) -> bytes:
         """The PDF of all parts, by the first of three ways that succeeds.
 
-        As PDF/A; the same with what is not valid Typst shown as source; without PDF/A, which a
-        letter that no font has prevents.
+        1. As PDF/A. 2. If the text is not valid Typst: formulas, images and parts that cannot be
+        set become source, again as PDF/A. 3. Without PDF/A, as where no font has some letter.
         """
         self.convert_formulas()
         parts = body + appendix
@@ -2319,8 +2325,8 @@ def with_new_names(typst: str) -> str:
     """Typst text with today's names of two symbols, for which pandoc writes older ones."""
     parts = re.split(r'("(?:[^"\\]|\\.)*")', typst)  # every second one is quoted text, which stays
     for number in range(0, len(parts), 2):
-        renamed = re.sub(r"\bsect\b", "inter", parts[number])
-        parts[number] = re.sub(r"\.circle\b", ".o", renamed)
+        renamed = re.sub(r"\bsect\b", "inter", parts[number])  # the intersection of sets
+        parts[number] = re.sub(r"\.circle\b", ".o", renamed)  # times.o and the like
     return "".join(parts)
 
 

@@ -132,7 +132,7 @@ class _Signboard(NamedTuple):
 def _random_signboard(rng: torch.Generator, n: int) -> _Signboard:
     """Signs of random size, seen at random angles, slanted and warped a little."""
     x, y = _pixel_grid()
-    digit_height = _uniform(rng, 0.52, 0.94, n, 1, 1)  # as a share of the crop's side
+    digit_share = _uniform(rng, 0.52, 0.94, n, 1, 1)  # a digit's height over the crop's side
     # Perspective: how near a place on the sign is, 1 in the middle of the crop; near is large.
     nearness = 1 + _normal(rng, 0.07, n, 1, 1) * x + _normal(rng, 0.05, n, 1, 1) * y
     # The digit stands a little beside the crop's middle.
@@ -143,10 +143,10 @@ def _random_signboard(rng: torch.Generator, n: int) -> _Signboard:
     v = turn.cos() * y - turn.sin() * x
     u = u + _normal(rng, 0.16, n, 1, 1) * v  # slant
     v = v + _normal(rng, 0.06, n, 1, 1) * u  # the baseline climbs
-    u = u / (2 * digit_height)  # a crop's side is 2 in x and y
-    v = v / (2 * digit_height)
+    u = u / (2 * digit_share)  # a crop's side is 2 in x and y
+    v = v / (2 * digit_share)
     wobble = _smooth_noise(rng, n, 2, 5) * _uniform(rng, 0.0, 0.035, n, 1, 1, 1)
-    return _Signboard(u + wobble[:, 0], v + wobble[:, 1], digit_height * _SIZE)
+    return _Signboard(u + wobble[:, 0], v + wobble[:, 1], digit_share * _SIZE)
 
 
 def _choose_glyphs(rng: torch.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ def _look_up(glyph_fields: Tensor, u: Tensor, v: Tensor) -> Tensor:
     fields = glyph_fields.unsqueeze(1)
     distance = F.grid_sample(fields, grid, padding_mode="border", align_corners=False)[:, 0]
     beyond_field = (grid.abs().amax(-1) - 1).clamp(min=0)
-    return distance - beyond_field  # far from the ink, where any falling number will do
+    return distance - beyond_field  # beyond the field any falling number will do
 
 
 def _random_house_number(rng: torch.Generator, labels: Tensor, sign: _Signboard) -> _HouseNumber:
@@ -386,8 +386,10 @@ def _texture(rng: torch.Generator, contrast: Tensor) -> Tensor:
 def _add_relief(
     rng: torch.Generator, paint: Tensor, field: Tensor, scale: Tensor, ground_level: Tensor
 ) -> Tensor:
-    """On a third of the crops a soft shadow, like the side of a raised digit; on one in seven a
-    bright copy on the opposite side."""
+    """The paint with the sides of raised digits.
+
+    On a third of the crops a soft shadow, on one in seven a bright copy on the opposite side.
+    """
     n = len(field)
     reach = _uniform(rng, 0.04, 0.22, n, 1, 1)  # in half images, as `_shift` takes it
     towards = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
@@ -439,7 +441,8 @@ def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     slope = (_normal(rng, 0.25, n, 1, 1) * x + _normal(rng, 0.25, n, 1, 1) * y) * amount
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     side = angle.cos() * x + angle.sin() * y - _uniform(rng, -0.9, 0.9, n, 1, 1)
-    edge = _coverage(side * _uniform(rng, 1, 10, n, 1, 1))  # soft: over 0.1 to 1 half images
+    steepness = _uniform(rng, 1, 10, n, 1, 1)  # the edge is 1 / steepness half images wide
+    edge = (side * steepness + 0.5).clamp(0, 1)
     cast = edge * _uniform(rng, 0.2, 0.7, n, 1, 1) * amount * _chance(rng, 0.15, n, 1, 1)
     vignette = (x * x + y * y) * _uniform(rng, 0, 0.25, n, 1, 1) * amount
     return image * ((1 + slope) * (1 - cast) * (1 - vignette)).unsqueeze(1)
@@ -558,8 +561,8 @@ def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor
     n = len(image)
     amount = contrast.view(n, 1, 1, 1)
     # In pixels of the photograph: the height of a digit, and from it the photograph's side.
-    digit_height = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))
-    photo_side = (_SIZE * digit_height / scale).clamp(max=_SIZE)
+    height_in_photo = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))
+    photo_side = (_SIZE * height_in_photo / scale).clamp(max=_SIZE)
     rows_first = image.permute(0, 2, 1, 3)
     rows_first = _photograph(rng, rows_first, scale, photo_side)
     rows_first = _add_noise(rng, rows_first, amount)

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mpl_toolkits.mplot3d import Axes3D
 from small_training import checkpoints, make_model, train, watch
 
 import utils
@@ -164,11 +163,11 @@ class Named(list):
         self.name = name
 
 
-def test_values_of_all_kinds_have_keys_of_their_own():
+def values_of_all_kinds():
     recursive = [1]
     recursive.append(recursive)
     zeros = torch.zeros(2)
-    values = [
+    return [
         *[None, True, 1, -1, 1.0, 0.1, 1j, "1", b"1", torch.float32, torch.float16],
         *[(1, 2), [1, 2], {1, 2}, {1: 2}, {"a": 1}, {"a": 2}, {"b": 1}, [[1], 2], [1, [2]]],
         *[range(3), slice(1, 3), recursive, partial(max, 1), partial(max, 2), partial(min, 1)],
@@ -179,18 +178,14 @@ def test_values_of_all_kinds_have_keys_of_their_own():
         *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
         *[np.random.default_rng(1), np.random.default_rng(2)],
         *[defaultdict(int), defaultdict(list), Named([1], "one"), Named([1], "two")],
+        *[np.array([[number], None], dtype=object) for number in (1000, 1001)],
     ]
-    keys = [utils.fingerprint(value) for value in values]
-    assert len(set(keys)) == len(values)
-    assert keys == [utils.fingerprint(value) for value in values]
 
 
-def test_objects_of_an_array_count_by_their_values():
-    def key(number):
-        return utils.fingerprint(np.array([[number], None], dtype=object))
-
-    assert key(1000) == key(1000)
-    assert key(1000) != key(1001)
+def test_values_of_all_kinds_have_keys_of_their_own_and_equal_ones_the_same():
+    keys = [utils.fingerprint(value) for value in values_of_all_kinds()]
+    assert len(set(keys)) == len(keys)
+    assert keys == [utils.fingerprint(value) for value in values_of_all_kinds()]
 
 
 def test_the_order_of_a_dict_counts_that_of_a_set_and_the_memory_layout_do_not():
@@ -256,9 +251,3 @@ def test_another_text_of_utils_counts_and_trains_again(monkeypatch):
     assert utils.fingerprint(batches) != key
     train(epochs=1)
     assert len(checkpoints()) == 2
-
-
-def test_only_the_projects_own_modules_count_as_ours():
-    assert utils.is_ours(utils.Split) and utils.is_ours(make_model)
-    for part in (torch, torch.nn.Linear, np.ndarray, Path, partial, re.compile, Axes3D):
-        assert not utils.is_ours(part)  # Axes3D: of a package without a file of its own

@@ -13,7 +13,6 @@ from PIL import Image
 from scipy.io import savemat
 
 import utils
-from offline.training.common import describe_size
 
 
 def png(image):
@@ -119,6 +118,11 @@ def test_parquet_files_are_read_in_order_and_again_only_after_a_change(small_svh
     with monkeypatch.context() as patch:  # what another version of the decoder gives
         patch.setattr(utils, "image_pixels", lambda content: 255 - pixels(content))
         assert torch.equal(utils.load_svhn().train.images, 255 - train.images)
+    with monkeypatch.context() as patch:  # as for the lone notebook
+        patch.setenv("A3_DATA", "auto")
+        patch.setenv("A3_PROFILE", "tiny")
+        patch.setattr(utils, "OFFLINE", Path("nowhere"))
+        assert utils.load_svhn().real
     changed = train.take(range(39, 24, -1))
     as_parquet(root / "train-1.parquet", changed)
     assert torch.equal(utils.load_svhn().train.images[25:], changed.images)
@@ -209,34 +213,14 @@ def test_embedded_and_tiny_runs_ask_neither_for_files_nor_for_downloads(small_sv
         assert not torch.equal(data.test.images[0], data.train.images[0])
 
 
-def test_a_tiny_run_on_real_data_takes_its_first_images(small_svhn, monkeypatch, tmp_path):
-    monkeypatch.setenv("A3_PROFILE", "tiny")
-    monkeypatch.setattr(utils, "TINY_SIZES", {"train": 7, "test": 3})
-    as_parquet(utils.data_root() / "svhn" / "train-0.parquet", small_svhn[0])
-    as_parquet(utils.data_root() / "svhn" / "test-0.parquet", small_svhn[1])
-    data = utils.load_svhn()
-    assert same(data.train, small_svhn[0].first(7))
-    assert same(data.test, small_svhn[1].first(3))
-    assert describe_size(data) == "SVHN: 7 of 40 training and 3 of 20 test images"
-    monkeypatch.setenv("A3_DATA", "auto")
-    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "not there")  # as for the lone notebook
-    assert utils.load_svhn().real
-
-
-def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch, tmp_path, capsys):
+def test_a_missing_package_is_named_and_leads_to_no_download(monkeypatch):
     def missing(*_, **__):
         raise ImportError("Missing optional dependency 'pyarrow'.")
 
-    monkeypatch.setenv("A3_DATA_ROOT", str(tmp_path))
-    (tmp_path / "svhn").mkdir()
-    (tmp_path / "svhn" / "test-0.parquet").write_bytes(b"some bytes")
+    folder = utils.data_root() / "svhn"
+    folder.mkdir(parents=True)
+    (folder / "test-0.parquet").write_bytes(b"some bytes")
     monkeypatch.setattr(utils.pd, "read_parquet", missing)
     monkeypatch.setattr(utils, "fetch_from_any", lambda *_: pytest.fail("a download"))
     with pytest.raises(utils.DataError, match="pyarrow"):
         utils.real_svhn("test")
-
-    monkeypatch.setenv("A3_DATA", "auto")
-    monkeypatch.setenv("A3_PROFILE", "short")
-    data = utils.real_or_stand_in("SVHN", lambda _: utils.real_svhn("test"), utils.mnist_stand_in)
-    assert not data.real
-    assert "pyarrow" in capsys.readouterr().out

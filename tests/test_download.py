@@ -218,10 +218,3 @@ def test_svhn_comes_from_the_official_address_else_from_the_mirror_though_cut_on
         assert same(data.test, small_svhn[1])
     hits = [path for path in server.hits if server.routes[path] != not_found]
     assert hits == [train, train, test]
-
-
-def test_a_file_that_cannot_be_read_is_not_called_another_one(path):
-    path.mkdir(parents=True)  # reading a folder fails
-    with pytest.raises(utils.DataError, match="IsADirectoryError") as caught:
-        utils.verified_file([], path, SHA)
-    assert "another sha256" not in str(caught.value)

@@ -4,13 +4,12 @@ import hashlib
 import json
 
 import pytest
-import scipy.linalg
 import torch
 from conftest import CPU
 
 import utils
 from offline import digit_biggan, small_digits, street_numbers
-from offline.training import train_digit_biggan, train_street_classifier
+from offline.training import train_digit_biggan
 
 
 def record(name):
@@ -71,18 +70,6 @@ def test_labels_are_those_of_the_digits_shown(crops, nb):
     assert utils.classifier_accuracy(model, split, CPU) > 93
 
 
-def test_the_stand_in_is_rendered_again_after_a_change(monkeypatch):
-    monkeypatch.setenv("A3_PROFILE", "tiny")
-    images, labels = torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5)
-    five, four = (images, labels), (images[:4], labels[:4])
-    monkeypatch.setattr(street_numbers, "render_street_numbers", lambda *_: five)
-    assert len(utils.load_svhn().train) == 5
-    monkeypatch.setattr(street_numbers, "render_street_numbers", lambda *_: four)
-    assert len(utils.load_svhn().train) == 5  # stored
-    monkeypatch.setattr(street_numbers, "cache_key", lambda: ["another version of matplotlib"])
-    assert len(utils.load_svhn().train) == 4
-
-
 def test_weights_are_those_of_their_records():
     log = record("digit_biggan_log.json")
     recorded = {
@@ -105,23 +92,3 @@ def test_generated_digits_are_recognized_as_often_as_recorded(truncation):
     final = record("digit_biggan_log.json")["final"][str(truncation)]
     recorded = (final["recognized_street"] + final["recognized_handwritten"]) / 2
     assert right == pytest.approx(recorded, abs=3)
-
-
-def test_frechet_distance_is_that_of_scipy_and_zero_to_itself():
-    generator = torch.Generator().manual_seed(1)
-    a, b = (torch.randn(200, 5, generator=generator).double() ** 2 for _ in range(2))
-    root = torch.as_tensor(scipy.linalg.sqrtm((a.T.cov() @ b.T.cov()).numpy()).real)
-    trace = (a.T.cov() + b.T.cov() - 2 * root).trace()
-    expected = (a.mean(0) - b.mean(0)).square().sum() + trace
-    assert train_digit_biggan.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert train_digit_biggan.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_a_resumed_training_of_g_sees_the_same_batches_and_each_epoch_has_its_own():
-    images = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    split = utils.Split(images, torch.arange(300) % 10)
-    steps = (0, 0, 1, 2)  # two steps are an epoch
-    first, again, *others = (train_street_classifier.batch_of(split, step) for step in steps)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not any(torch.equal(first[1], other[1]) for other in others)

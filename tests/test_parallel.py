@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +26,10 @@ def run(tasks, monkeypatch, jobs, title="stage"):
 def test_any_number_of_jobs_gives_the_same_numbers_from_one_thread_each(monkeypatch, tmp_path):
     tasks = {("noise", seed): partial(train_and_name_process, seed) for seed in range(3)}
     made = {}
-    for jobs in (1, 2):
-        monkeypatch.setenv("A3_RUNS", str(tmp_path / str(jobs)))  # no stored trainings
+    for folder, jobs in (("a", 2), ("b", 2), ("c", 1)):
+        monkeypatch.setenv("A3_RUNS", str(tmp_path / folder))  # no stored trainings
         made[jobs] = run(tasks, monkeypatch, jobs)
+        assert len(list((tmp_path / folder).glob("*.pt"))) == 3  # workers get the settings of now
     assert list(made[1]) == list(made[2]) == list(tasks)
     for key in tasks:
         *numbers, process, threads = made[1][key]
@@ -53,7 +53,10 @@ def test_errors_name_the_task_and_leave_the_next_stage_working(monkeypatch):
             run(failing | others, monkeypatch, jobs)
     with pytest.raises(RuntimeError, match=r"during: SVHN, seed 2; good, 0\. Set A3_JOBS=1"):
         run({("SVHN", "seed 2"): kill} | others, monkeypatch, jobs=2)
-    assert run({n: partial(abs, -n) for n in range(3)}, monkeypatch, jobs=2) == {0: 0, 1: 1, 2: 2}
+    sleeps = {
+        seconds: partial(time.sleep, seconds) for seconds in (0.4, 0.0)
+    }  # the first ends last
+    assert list(run(sleeps, monkeypatch, jobs=2)) == list(sleeps)
 
 
 def test_in_this_process_order_threads_and_the_line_that_stays(monkeypatch, capsys):
@@ -86,14 +89,14 @@ def stage(jobs):
     os.environ['A3_JOBS'] = str(jobs)
     utils.run_parallel({{n: partial(task, n) for n in range(2)}}, title='stage', epochs=5)""",
     "utils.start_run('tiny', 'noise')",
-    "stage(jobs=2)",
     "stage(jobs=1)",
+    "stage(jobs=2)",
     "def loss(model, batch):\n    return model(batch[0]).square().mean(), {}\nstage(jobs=2)",
 ]
 
 
 @pytest.mark.slow
-def test_one_line_of_a_stage_stays_and_what_the_workers_stored_is_used_until_a_cell_changes():
+def test_one_line_of_a_stage_stays_and_workers_use_what_is_stored_until_a_cell_changes():
     """The functions are defined in __main__, whose cells are no files."""
     cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -168,34 +171,3 @@ def test_trainings_fit_into_what_machine_and_container_leave(limit, jobs, monkey
     monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: machine)
     monkeypatch.setattr(utils.psutil, "Process", lambda: process)
     assert utils.jobs_that_fit_in_memory.__wrapped__() == jobs
-
-
-def test_a_temporary_folder_that_vanished_costs_the_bar_alone(tmp_path):
-    _, history = utils.run_task(partial(train, epochs=1), "noise", tmp_path / "gone" / "epochs")
-    assert len(history) == 1
-
-
-def test_workers_get_the_settings_of_now_and_tell_what_was_stored(monkeypatch):
-    """With threads in the place of processes; the first task ends last."""
-    asked = {}
-
-    def executor(**settings):
-        asked.update(settings)
-        return ThreadPoolExecutor(settings["max_workers"])
-
-    def result_and_reused_names(task):
-        return task(), ["SVHN, seed 1"]
-
-    def after(seconds):
-        time.sleep(seconds)
-        return seconds
-
-    monkeypatch.setattr(utils, "get_reusable_executor", executor)
-    monkeypatch.setattr(utils, "result_and_reused_names", result_and_reused_names)
-    monkeypatch.setenv("A3_RUNS", "elsewhere")
-    utils.start_run("tiny", "noise")
-    tasks = {seconds: partial(after, seconds) for seconds in (0.4, 0.0, 0.2, 0.1)}
-    made = utils.run_in_processes(tasks, 2)
-    assert list(made.items()) == [(seconds, seconds) for seconds in tasks]
-    assert asked["env"]["A3_RUNS"] == "elsewhere"
-    assert utils.reused_trainings() == ["SVHN, seed 1"]

@@ -12,13 +12,13 @@ from unicodedata import normalize
 import nbformat
 import pypdf
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbformat.v4 import new_markdown_cell as md
 from PIL import Image
 
 import utils
 
-ROOT = Path(__file__).resolve().parents[1]
 SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='80' height='40'><path d='M1 1h9'/></svg>"
 WHO = 'NAME = "Ada"  # @param {type:"string"}\nSTUDENT_NUMBER = 4000\nDISCUSSED_WITH = ["Bob"]'
 
@@ -150,13 +150,6 @@ def test_letters_that_no_font_has_are_named():
     assert "cell 2: no font here has \U00030001: install one" in pdf.notices
 
 
-def test_control_characters_are_left_out():
-    pdf = export(md("# A\x07b"), code("c = '\x1bd'", stream("e\x08f\x00\n")))
-    for words in ["Ab", "c = 'd'", "ef"]:
-        assert words in pdf.text, words
-    assert not pdf.notices
-
-
 FORMULAS = r"""
 \varepsilon \odot \oplus \otimes \cap \bigcap_i \setminus \approx \nabla \emptyset \sum_{i=1}^n
 \int_0^1 \arg\min_x \operatorname{softmax}(x) \widehat{xy} \overrightarrow{AB} \mathcal{L}
@@ -186,11 +179,6 @@ def test_old_fonts_hold_for_all_letters_and_comments_and_quotes_end_where_tex_en
     assert utils.with_new_names(r'"a \" sect" sect') == r'"a \" sect" inter'
 
 
-def test_a_typed_mark_is_no_formula():
-    pdf = export(md("the words ⟦formula 7⟧ and $x$"))
-    assert "formula 7" in pdf.text
-
-
 def test_a_formula_that_cannot_be_set_costs_no_other():
     broken = [r"\nosuchmacro{x}", r"\frac{a}{b", r"{a\over{b}}"]
     pdf = export(*[md(f"w{n} ${tex}$, $a \\odot b$ end") for n, tex in enumerate(broken)])
@@ -217,16 +205,21 @@ def test_outputs_are_shown_in_their_best_form():
         shown({"text/markdown": "| data |\n|---|\n| 98.76 |"}),
         shown({"text/html": table, "text/plain": "<pandas.io.formats.style.Styler at 0x7f>"}),
         shown({"text/html": "<b>html words</b> $x^2 &lt; y$"}),
+        shown({"text/html": "<pre>echo $HOME/$USER</pre>"}),
+        shown({"text/plain": "", "text/markdown": ""}),
         shown({"text/latex": "$\\displaystyle A \\cap B$", "text/plain": "Intersection(A, B)"}),
         shown(
             {"image/svg+xml": SVG, "text/plain": "<Figure size>"}, caption="Figure 7. Words, $x^2$."
         ),
         shown({"text/markdown": "*Figure 7. Words, $x^2$.*"}, is_caption=True),
+        new_output("execute_result", {"text/plain": "value 18"}, execution_count=None),
+        new_output("error", ename="AssertionError", evalue="", traceback=["Traceback 17"]),
         new_output("error", ename="E", evalue="e", traceback=["\x1b[1mTrace 99"]),
     ]
-    pdf = export(code("f()", *outputs))
+    pdf = export(code("f()", *outputs), md("<pre>cd $HOME/$DATA</pre>"))
     there = (
-        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2 < y|A ∩ B|Trace"
+        "line 0 of|line 499 of|lines left out|red words|98.76|97.25|html words x2 < y|A ∩ B|"
+        "echo $HOME/$USER|value 18|Traceback 17|Trace 99|cd $HOME/$DATA"
     )
     for words in there.split("|"):
         assert words in pdf.text, words
@@ -235,27 +228,9 @@ def test_outputs_are_shown_in_their_best_form():
     assert pdf.text.count("Figure 7. Words, x2.") == 1 and not pdf.notices
 
 
-def test_outputs_of_errors_without_words_and_of_code_stay_whole():
-    outputs = [
-        stream("before\n"),
-        new_output("error", ename="AssertionError", evalue="", traceback=["Traceback 17"]),
-        new_output("execute_result", {"text/plain": "value 18"}, execution_count=None),
-        shown({"text/html": "<pre>echo $HOME/$USER</pre>"}),
-        shown({"text/plain": "", "text/markdown": ""}),
-    ]
-    pdf = export(code("f()", *outputs), md("<pre>cd $HOME/$DATA</pre>"))
-    for words in ["before", "Traceback 17", "value 18", "echo $HOME/$USER", "cd $HOME/$DATA"]:
-        assert words in pdf.text, words
-    assert not pdf.notices
-
-
 def test_a_name_typed_into_a_new_cell_replaces_that_of_the_tagged_one():
     empty = code('NAME = ""\nSTUDENT_NUMBER = ""', tags=("submission",))
     assert "Name: Ada" in export(md("a"), empty, code(WHO)).text
-
-
-def test_half_of_an_emoji_costs_nothing():
-    assert "before ? after" in export(md("before \ud83d after"), code(WHO)).text
 
 
 def test_a_claim_is_not_found_within_longer_words():
@@ -264,8 +239,15 @@ def test_a_claim_is_not_found_within_longer_words():
     assert not utils.contains_sentence(longer, "It is fast")
 
 
-def test_a_cell_with_an_impossible_dict_costs_nothing():
-    assert "after" in export(code("d = {[1]: 2}"), code("1", stream("after"))).text
+def test_odd_content_costs_nothing():
+    """Control characters, half an emoji, a mark like those of formulas, an impossible dict."""
+    cells = [md("# A\x07b"), code("c = '\x1bd'", stream("e\x08f\x00\n"))]
+    cells += [md("before \ud83d after"), md("the words ⟦formula 7⟧ and $x$")]
+    cells += [code("d = {[1]: 2}"), md("the last cell")]
+    pdf = export(*cells)
+    for words in ["Ab", "c = 'd'", "ef", "before ? after", "formula 7", "the last cell"]:
+        assert words in pdf.text, words
+    assert not pdf.notices
 
 
 def test_colabs_metadata_of_widgets_costs_no_output():

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import noise_split
+from conftest import CPU, noise_split
 
 import utils
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["A3_PROFILE", "A3_DATA", "A3_PRECISION"])

@@ -141,8 +141,3 @@ def test_a_lone_notebook_without_downloads_has_no_generator(monkeypatch, tmp_pat
     generator, why_not = utils.best_generator("auto", "short", CPU)
     assert generator is None
     assert why_not.endswith("needs the whole project, with its folder offline/")
-
-
-def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="digits, biggan-deep-256 or biggan-deep-128"):
-        utils.best_generator("biggan-512", "full", CPU)

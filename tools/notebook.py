@@ -187,8 +187,8 @@ def helper_cell(source: str) -> str:
 def sync(path: Path = NOTEBOOK) -> None:
     """Refresh the notebook's copy of utils.py and the functions it quotes, and tidy its metadata.
 
-    Raises ValueError when the notebook has no cell for the copy, utils.py cannot be quoted, or a
-    quoted function is not to be found.
+    Raises ValueError when the notebook has not one cell for the copy, utils.py cannot be quoted, or
+    a quoted function is not to be found.
     """
     notebook = read(path)
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
@@ -206,7 +206,7 @@ def sync(path: Path = NOTEBOOK) -> None:
 
 
 def definition_source(source: str, name: str) -> str:
-    """The source of a function of a module, or of a method: "Trainer.train_step".
+    """The source of a function or class of a module, or of a method: "Trainer.train_step".
 
     With its decorators. Raises ValueError where there is no such function.
     """
@@ -417,7 +417,9 @@ def require_same_copy(notebook: NotebookNode, content: bytes) -> None:
     """
     text = content.decode().replace("\r\n", "\n")  # as a checkout on Windows may have it
     if text and single_tagged_cell(notebook, "helper-module").source != helper_cell(text):
-        raise SystemExit("The notebook's copy of utils.py is an older one: run `make sync` first.")
+        raise SystemExit(
+            "The notebook's copy of utils.py differs from utils.py: run `make sync` first."
+        )
 
 
 def runs_folder_of(executed: Path) -> Path:
@@ -519,7 +521,7 @@ def publish(executed: Path) -> None:
         faults.append("results.json is of another run than the notebook: was A3_RUNS set?")
     shown = [caption for caption in captions(run) if caption.startswith("Figure ")]
     if len(image_files(figures)) != len(shown):
-        faults.append(f"{figures} has other figures than the notebook: delete it and run again")
+        faults.append(f"{figures} has other figures than the notebook: delete those of other runs")
     if code_of(committed) != code_of(run):
         faults.append(f"the code of {NOTEBOOK.name} is not that of the run")
     else:  # the cells are the same: outputs can be copied, and claims that differ judged anew

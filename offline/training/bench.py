@@ -62,7 +62,7 @@ class Conditions(NamedTuple):
     """What the seconds depend on. A record of bench.json has these fields, and "data"."""
 
     processor: str
-    machine: str  # number of cores, GPU, version of torch
+    machine: str  # number and kind of cores, GPU, version of torch
     arithmetic: str
     threads: int
 
@@ -477,7 +477,8 @@ def main() -> None:
     conditions = current_conditions(threads)
     records = load_records()
     earlier = [record for record in records if conditions_of(record) == conditions]
-    new_record = conditions._asdict() | {"data": dict(earlier[0]["data"]) if earlier else {}}
+    stored_data = earlier[0]["data"] if earlier else {}
+    new_record = {**conditions._asdict(), "data": dict(stored_data)}
     for name in arguments.data:
         data = loaders[name]()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test

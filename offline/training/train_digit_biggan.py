@@ -11,11 +11,11 @@ Loss           hinge (Lim & Ye 2017), plus a class term as in AC-GAN (Odena et a
 For stability  two learning rates (Heusel et al. 2017), spectral norm (Miyato et al. 2018) and an
                exponential moving average of the generator's weights
 
-Measures the raw and the averaged generator of every 500th step with the evaluation classifier,
-which the generator never meets. Writes digit_biggan.pt, evaluation_classifier.pt and
-digit_biggan_log.json into offline/weights. A stopped run goes on from what it left in
-A3_RUNS/digit_biggan: the guide, the last checkpoint, the evaluation classifier. After a change
-here, delete that folder first.
+Measures the raw and the averaged generator of every 500th step, and the averaged one of the last
+step, with the evaluation classifier, which the generator never meets. Writes digit_biggan.pt,
+evaluation_classifier.pt and digit_biggan_log.json into offline/weights. A stopped run goes on from
+what it left in A3_RUNS/digit_biggan: the guide, the last checkpoint, the evaluation classifier.
+After a change here, delete that folder first.
 """
 
 from __future__ import annotations
@@ -465,7 +465,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def quality(
     model: BigGAN, classifier: EvaluationClassifier, reference: dict[str, Tensor], truncation: float
 ) -> dict[str, float]:
-    """Of each role: percent of generated images recognized, their Fréchet distance to real ones.
+    """For each role: percent of generated images recognized, their Fréchet distance to real ones.
 
     reference: features of real training images by role; as many images are generated.
     """
