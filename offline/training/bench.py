@@ -299,6 +299,7 @@ def median_of_seeds(
         model = training(seed)
         seconds.append(time.perf_counter() - started)
         accuracies.append(utils.classifier_accuracy(model, test, CPU))
+        print(f"seed {seed}: {accuracies[-1]:.2f} % in {seconds[-1]:.1f} s", flush=True)
     return {
         "seconds": statistics.median(seconds),
         "test_acc": statistics.median(accuracies),
