@@ -1797,6 +1797,8 @@ IMAGE_TYPES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/w
 NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 # What nbconvert wraps around everything.
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
+# The spaces in 95 %, 24 × 24, Table 4 and Figure 7, at which no line ends.
+LOOSE_SPACE = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)|(?<=Table) (?=\d)|(?<=Figure) (?=\d)")
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
 # All but tab, line feed and carriage return; str.translate drops what has the value None.
@@ -2150,6 +2152,9 @@ class TypstPDFExporter(HTMLExporter):
             pre.replace_with(BeautifulSoup(printable_pre(pre), "html.parser"))
         for table in part.soup("table"):
             self.fit_table(part.cell_number, table)
+        for words in part.soup(string=LOOSE_SPACE):
+            if not words.find_parent(["pre", "code"]):
+                words.replace_with(LOOSE_SPACE.sub("\N{NO-BREAK SPACE}", words))
 
     def replace_by_words(self, number: int, tag: Tag, what: str) -> None:
         """Put words in the place of what cannot be shown, and note it."""

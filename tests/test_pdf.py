@@ -250,6 +250,13 @@ def test_odd_content_costs_nothing():
     assert not pdf.notices
 
 
+def test_no_line_ends_between_a_number_and_its_unit_but_code_keeps_its_spaces():
+    pdf = export(md("so 95 % in Table 4, `96 %`"), code("# 97 %"))
+    words = pdf.reader.pages[0].extract_text()
+    for text in ("95\xa0%", "Table\xa04", "96 %", "97 %"):
+        assert text in words
+
+
 def test_colabs_metadata_of_widgets_costs_no_output():
     nb = json.loads(notebook(code("f()", shown({"text/html": "<b>kept 19</b>"}))))
     nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"id": {}}}
