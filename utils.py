@@ -2152,9 +2152,7 @@ class TypstPDFExporter(HTMLExporter):
             pre.replace_with(BeautifulSoup(printable_pre(pre), "html.parser"))
         for table in part.soup("table"):
             self.fit_table(part.cell_number, table)
-        for words in part.soup(string=LOOSE_SPACE):
-            if not words.find_parent(["pre", "code"]):
-                words.replace_with(LOOSE_SPACE.sub("\N{NO-BREAK SPACE}", words))
+        bind_words(part.soup)
 
     def replace_by_words(self, number: int, tag: Tag, what: str) -> None:
         """Put words in the place of what cannot be shown, and note it."""
@@ -2425,6 +2423,13 @@ def printable_pre(pre: Tag) -> str:
         lines[FIRST_LINES:-LAST_LINES] = [f"[… {left_out} lines left out …]"]
     text = escape("\n".join(lines))
     return f"<pre><code>{text}</code></pre>" if text.strip() else ""
+
+
+def bind_words(soup: Tag) -> None:
+    """Put no-break spaces where no line should end; code keeps its spaces."""
+    for words in soup(string=LOOSE_SPACE):
+        if not words.find_parent(["pre", "code"]):
+            words.replace_with(LOOSE_SPACE.sub("\N{NO-BREAK SPACE}", words))
 
 
 def longest_word_lengths(table: Tag) -> list[int]:
