@@ -57,7 +57,7 @@ sync: $(READY)  # after a change of utils.py
 publish: $(READY)  # make the last run the committed one
 	$(BIN)/python tools/notebook.py publish $(OUT)
 
-bench: $(READY)  # minutes; make bench ARGS=--full trains the starter too, two hours
+bench: $(READY)  # minutes; make bench ARGS=--full trains the starter too, an hour and a half
 	$(BIN)/python -m offline.training.bench $(ARGS)
 
 clean:

@@ -1,7 +1,7 @@
 """Time to an accuracy: the starter's way against a short recipe for the same network.
 
     make bench                          minutes: the starter's time is a stored or extrapolated one
-    make bench ARGS=--full              trains the starter's 20 epochs with three seeds, two hours
+    make bench ARGS=--full              trains the starter's 20 epochs with three seeds: 90 minutes
     make bench ARGS="--full --data SVHN"    the same for one data set
 
 The starter's way: a torchvision data set, transforms image by image, a DataLoader, fp32, tensors in
@@ -14,8 +14,8 @@ lie in memory as arrays. Each has three seeds, of which the median counts.
 The results go into bench.json beside this file: a list of records, one for each machine (processor,
 number of cores, GPU and version of torch), arithmetic and number of threads. A run replaces the
 record with the same conditions, or adds one at the end. A starter that was measured stays until
---full measures it again. The README's table shows the records whose processor and machine are those
-of the first record.
+--full measures it again, or a run with other test images replaces it. The README's table shows the
+records whose processor and machine are those of the first record.
 
 The short recipes were chosen on validation images (10,000 of the training images, held out). Only
 their length is found with the test images: the first one in SHORT_EPOCHS after which the test
