@@ -2476,17 +2476,22 @@ def plain_words(text: str) -> str:
 
 def assigned_values(source: str) -> dict[str, str]:
     """Names and the constants, as text, that a cell assigns to them; {} if it is no Python."""
+    without_magics = re.sub(r"(?m)^[%!].*", "", source)  # %env A3_PROFILE=tiny
     try:
-        statements = ast.parse(source).body
+        statements = ast.parse(without_magics).body
     except SyntaxError:
         return {}
     values = {}
     for statement in statements:
-        if not isinstance(statement, ast.Assign):
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value:  # NAME: str = "Ann"
+            targets = [statement.target]
+        else:
             continue
         with suppress(ValueError, TypeError):  # not a constant; {[1]: 2}
             value = ast.literal_eval(statement.value)
-            for target in statement.targets:
+            for target in targets:
                 values[ast.unparse(target)] = value_text(value)
     return values
 

@@ -328,7 +328,10 @@ def _shift(field: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 
 
 def _coverage(depth: Tensor) -> Tensor:
-    """How much of a pixel is covered, 0 to 1, when its center lies `depth` pixels inside."""
+    """From 0 to 1 over a width of one around an edge: 0.5 there, 1 where `depth` is 0.5 and more.
+
+    With a depth in pixels, how much of a pixel is covered.
+    """
     return (depth + 0.5).clamp(0, 1)
 
 
@@ -442,7 +445,7 @@ def _light(rng: torch.Generator, image: Tensor, contrast: Tensor) -> Tensor:
     angle = _uniform(rng, 0, 2 * np.pi, n, 1, 1)
     side = angle.cos() * x + angle.sin() * y - _uniform(rng, -0.9, 0.9, n, 1, 1)
     steepness = _uniform(rng, 1, 10, n, 1, 1)  # the edge is 1 / steepness half images wide
-    edge = (side * steepness + 0.5).clamp(0, 1)
+    edge = _coverage(side * steepness)
     cast = edge * _uniform(rng, 0.2, 0.7, n, 1, 1) * amount * _chance(rng, 0.15, n, 1, 1)
     vignette = (x * x + y * y) * _uniform(rng, 0, 0.25, n, 1, 1) * amount
     return image * ((1 + slope) * (1 - cast) * (1 - vignette)).unsqueeze(1)

@@ -85,9 +85,8 @@ def test_the_loss_of_one_point_or_of_one_digit_has_finite_gradients(nb, semi_har
     same = nb.LabeledVectors(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
     nb.cross_domain_loss(same, same, semi_hard, 0.2)[0].backward()
     assert torch.isfinite(same.vectors.grad).all()
-    alone = nb.LabeledVectors(
-        torch.randn(2, 2, requires_grad=True), torch.zeros(2).long()
-    )  # no negative
+    # One digit: no negative.
+    alone = nb.LabeledVectors(torch.randn(2, 2, requires_grad=True), torch.zeros(2).long())
     loss, active = nb.cross_domain_loss(alone, alone, semi_hard, 0.2)
     loss.backward()
     assert (loss, active, alone.vectors.grad.abs().sum()) == (0, 0, 0)

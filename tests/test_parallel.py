@@ -53,9 +53,8 @@ def test_errors_name_the_task_and_leave_the_next_stage_working(monkeypatch):
             run(failing | others, monkeypatch, jobs)
     with pytest.raises(RuntimeError, match=r"during: SVHN, seed 2; good, 0\. Set A3_JOBS=1"):
         run({("SVHN", "seed 2"): kill} | others, monkeypatch, jobs=2)
-    sleeps = {
-        seconds: partial(time.sleep, seconds) for seconds in (0.4, 0.0)
-    }  # the first ends last
+    # The first of these ends last.
+    sleeps = {seconds: partial(time.sleep, seconds) for seconds in (0.4, 0.0)}
     assert list(run(sleeps, monkeypatch, jobs=2)) == list(sleeps)
 
 

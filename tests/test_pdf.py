@@ -228,6 +228,13 @@ def test_outputs_are_shown_in_their_best_form():
     assert pdf.text.count("Figure 7. Words, x2.") == 1 and not pdf.notices
 
 
+@pytest.mark.parametrize(
+    "who", [WHO.replace("NAME =", "NAME: str =", 1), "%env A3_PROFILE=tiny\n" + WHO]
+)
+def test_names_are_found_with_a_type_and_beside_a_magic(who):
+    assert "Name: Ada" in export(md("a"), code(who)).text
+
+
 def test_a_name_typed_into_a_new_cell_replaces_that_of_the_tagged_one():
     empty = code('NAME = ""\nSTUDENT_NUMBER = ""', tags=("submission",))
     assert "Name: Ada" in export(md("a"), empty, code(WHO)).text

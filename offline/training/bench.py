@@ -289,15 +289,21 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     return model.eval()
 
 
+def timed(training: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
+    """What a training gives, and its seconds."""
+    started = time.perf_counter()
+    model = training()
+    return model, time.perf_counter() - started
+
+
 def median_of_seeds(
     training: Callable[[int], nn.Module], test: utils.Split
 ) -> dict[str, float | list[float]]:
     """Seconds and test accuracy (percent) of `training(seed)`: medians, and those of each seed."""
     seconds, accuracies = [], []
     for seed in SEEDS:
-        started = time.perf_counter()
-        model = training(seed)
-        seconds.append(time.perf_counter() - started)
+        model, taken = timed(partial(training, seed))
+        seconds.append(taken)
         accuracies.append(utils.classifier_accuracy(model, test, CPU))
         print(f"seed {seed}: {accuracies[-1]:.2f} % in {seconds[-1]:.1f} s", flush=True)
     return {
@@ -324,9 +330,7 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
     # Not timed: the first training also pays for imports.
     starter_training(data.train.first(256), 1, seed=0)
     part = data.train.first(TIMED_IMAGES)
-    started = time.perf_counter()
-    starter_training(part, 1, seed=0)
-    seconds = time.perf_counter() - started
+    _, seconds = timed(partial(starter_training, part, 1, seed=0))
     return {
         "epochs": EPOCHS,
         "seconds": seconds * EPOCHS * len(data.train) / len(part),
