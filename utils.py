@@ -56,7 +56,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, Comment, Tag
 from IPython import get_ipython
 from IPython.display import DisplayHandle, display
 from jinja2 import pass_context
@@ -77,7 +77,7 @@ CHOICES = {  # the first is the default
     "A3_PRECISION": ("auto", "fp32", "bf16", "fp16"),
 }
 # The folder is missing beside a lone notebook, as in Colab, which writes utils.py and nothing else.
-OFFLINE = Path(__file__).resolve().parent / "offline"
+OFFLINE_FOLDER = Path(__file__).resolve().parent / "offline"
 
 
 def setting(name: str) -> str:
@@ -206,7 +206,7 @@ SHA256_PREFIXES = {  # the first 8 of 64 hex digits
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers"
 SVHN_MIRROR = "ufldl-stanford/svhn"  # on the Hugging Face hub
-SVHN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # training, 0 to 9
+SVHN_TRAIN_COUNTS = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # of 0 to 9
 CERTIFICATES_HINT = (
     "if certificates cannot be verified, install them for this Python (macOS: run 'Install "
     "Certificates.command'; elsewhere set SSL_CERT_FILE to what `python -m certifi` prints)"
@@ -249,14 +249,18 @@ class Split:
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Split:
         """The images at `indices`, in that order. ValueError for none, or outside 0 to N - 1."""
         given = np.asarray(indices)
-        whole_numbers = given.size > 0 and np.issubdtype(given.dtype, np.integer)
+        if not given.size:
+            raise ValueError("there must be indices; got none")
+        whole_numbers = np.issubdtype(given.dtype, np.integer)
         if not whole_numbers or given.min() < 0 or given.max() >= len(self):
             raise ValueError(f"indices must be whole numbers from 0 to {len(self) - 1}")
         index = torch.from_numpy(given.astype(np.int64))  # torch takes uint8 for a mask
         return Split(self.images[index], self.labels[index])
 
     def first(self, count: int) -> Split:
-        """The first `count` images, or all when there are fewer. ValueError for none."""
+        """The first `count` images, or all when there are fewer. ValueError for a count below 1."""
+        if count < 1:
+            raise ValueError(f"count must be 1 or more; got {count}")
         return Split(self.images[:count], self.labels[:count])
 
     def counts(self) -> list[int]:
@@ -472,12 +476,12 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions)
 
 
-def real_mnist(part: str) -> Split:
+def real_mnist(split_name: str) -> Split:
     """'train' or 'test' of MNIST from its files in A3_DATA_ROOT, which are downloaded if need be.
 
     Raises DataError.
     """
-    prefix = {"train": "train", "test": "t10k"}[part]
+    prefix = {"train": "train", "test": "t10k"}[split_name]
     contents = []
     for kind in ("images-idx3", "labels-idx1"):
         name = f"{prefix}-{kind}-ubyte.gz"
@@ -522,55 +526,55 @@ def decode_parquet(files: Sequence[Path]) -> Split:
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def read_svhn(part: str, files: Sequence[Path]) -> Split:
-    """A part of SVHN from its official .mat file or the mirror's parquet files.
+def checked_svhn(split_name: str, files: Sequence[Path]) -> Split:
+    """A split of SVHN from its official .mat file or the mirror's parquet files.
 
-    A part may be cut short: the committed run's test file holds the first 6,000 images. Raises
+    It may be cut short: the committed run's test file holds the first 6,000 images. Raises
     DataError for a .mat with another checksum, and for images that cannot be SVHN's.
     """
     digests = [file_sha256(file) for file in files]
     if files[0].suffix == ".parquet":
         key = [*digests, fingerprint(decode_parquet)]
-        split = load_or_make(f"svhn-{part}", lambda: decode_parquet(files), *key)
+        split = load_or_make(f"svhn-{split_name}", lambda: decode_parquet(files), *key)
     elif digests[0].startswith(SHA256_PREFIXES[files[0].name]):
         key = [*digests, fingerprint(decode_mat)]
-        split = load_or_make(f"svhn-{part}", lambda: decode_mat(files[0]), *key)
+        split = load_or_make(f"svhn-{split_name}", lambda: decode_mat(files[0]), *key)
     else:
         raise DataError("this is not the official file; its checksum differs")
-    require_svhn(part, split)
+    require_svhn(split_name, split)
     return split
 
 
-def require_svhn(part: str, split: Split) -> None:
-    """Raise DataError where a part, whole or cut short, cannot be SVHN's."""
-    whole = SIZES["SVHN"][part]
+def require_svhn(split_name: str, split: Split) -> None:
+    """Raise DataError where a split, whole or cut short, cannot be SVHN's."""
+    whole = SIZES["SVHN"][split_name]
     if len(split) > whole:
         raise DataError(f"there are {len(split):,} images; SVHN has {whole:,}")
-    if part == "test":
+    if split_name == "test":  # no counts of its digits are known here
         return
     counts = split.counts()
     if 0 in counts:
         raise DataError(f"a digit is missing; the counts of 0 to 9 are {counts}")
-    if len(split) == whole and counts != SVHN_COUNTS:
+    if len(split) == whole and counts != SVHN_TRAIN_COUNTS:
         raise DataError(f"the counts of the digits 0 to 9 are not those of SVHN: {counts}")
 
 
-def real_svhn(part: str) -> Split:
+def real_svhn(split_name: str) -> Split:
     """'train' or 'test' of SVHN: files in A3_DATA_ROOT, the official address, the mirror.
 
     Raises DataError: what was tried, or what is wrong with the file that came.
     """
-    split, failures = svhn_from_files(part)
+    split, failures = find_local_svhn(split_name)
     if split is not None:
         return split
-    path = download_svhn(part, failures)
+    path = download_svhn(split_name, failures)
     try:
-        return read_svhn(part, [path])
+        return checked_svhn(split_name, [path])
     except Exception as error:
         raise DataError(describe_failure(path, error)) from error
 
 
-def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
+def find_local_svhn(split_name: str) -> tuple[Split | None, list[str]]:
     """SVHN from files in A3_DATA_ROOT, or None, and what is wrong with those that cannot be used.
 
     Raises DataError where the package that reads a file is missing (scipy or pyarrow). No other
@@ -579,9 +583,9 @@ def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
     failures = []
     root = data_root()
     patterns = [
-        f"{part}_32x32.mat",
-        f"svhn/{part}-*.parquet",
-        f"svhn/cropped_digits/{part}-*.parquet",  # what the mirror's download has left earlier
+        f"{split_name}_32x32.mat",
+        f"svhn/{split_name}-*.parquet",
+        f"svhn/cropped_digits/{split_name}-*.parquet",  # where download_svhn leaves them
     ]
     for pattern in patterns:
         files = sorted(root.glob(pattern))
@@ -589,7 +593,7 @@ def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
             failures.append(f"{root / pattern}: no such file")
             continue
         try:
-            return read_svhn(part, files), failures
+            return checked_svhn(split_name, files), failures
         except ImportError as error:  # scipy or pyarrow
             raise DataError(describe_failure(root / pattern, error)) from error
         except Exception as error:  # another file, or a download, may do
@@ -597,17 +601,17 @@ def svhn_from_files(part: str) -> tuple[Split | None, list[str]]:
     return None, failures
 
 
-def download_svhn(part: str, earlier_failures: list[str]) -> Path:
+def download_svhn(split_name: str, earlier_failures: list[str]) -> Path:
     """The file of SVHN that could be downloaded: the official one, else the mirror's.
 
     Raises DataError that lists all failures, the earlier ones first.
     """
     failures = list(earlier_failures)
     root = data_root()
-    mat = f"{part}_32x32.mat"
+    mat = f"{split_name}_32x32.mat"
     url = f"{SVHN_URL}/{mat}"
     sources = [(url, partial(download, url, root / mat, SHA256_PREFIXES[mat]))]
-    parquet = f"cropped_digits/{part}-00000-of-00001.parquet"
+    parquet = f"cropped_digits/{split_name}-00000-of-00001.parquet"
     try:
         sources.append(hub_source(SVHN_MIRROR, parquet, root / "svhn", repo_type="dataset"))
     except ImportError as error:  # the official address may do
@@ -615,7 +619,7 @@ def download_svhn(part: str, earlier_failures: list[str]) -> Path:
         failures.append(f"{failure}; run %pip install --upgrade huggingface_hub")
     files_needed = "train_32x32.mat and test_32x32.mat"
     hint = f"run again with an internet connection, or put {files_needed} into {root}"
-    return fetch_from_any(f"SVHN ({part})", sources, hint, failures)
+    return fetch_from_any(f"SVHN ({split_name})", sources, hint, failures)
 
 
 # Stand-ins, and which data a run takes
@@ -623,7 +627,7 @@ def download_svhn(part: str, earlier_failures: list[str]) -> Path:
 
 def require_offline_folder(what: str) -> None:
     """Raise DataError where the folder offline/ is missing, as it is beside a lone notebook."""
-    if not OFFLINE.is_dir():
+    if not OFFLINE_FOLDER.is_dir():
         raise DataError(f"{what} needs the whole project, with its folder offline/.")
 
 
@@ -643,13 +647,15 @@ def svhn_stand_in() -> DigitData:
 
     sizes = TINY_SIZES if setting("A3_PROFILE") == "tiny" else RENDERED_SIZES
 
-    def split(part: str) -> Split:
-        count, seed = sizes[part], RENDERED_SEEDS[part]
+    def rendered_split(split_name: str) -> Split:
+        count, seed = sizes[split_name], RENDERED_SEEDS[split_name]
         key = [*street_numbers.cache_key(), str(count), str(seed)]
         render = street_numbers.render_street_numbers
         return load_or_make("rendered", lambda: Split(*render(count, seed)), *key)
 
-    return DigitData("rendered street numbers", split("train"), split("test"), real=False)
+    return DigitData(
+        "rendered street numbers", rendered_split("train"), rendered_split("test"), real=False
+    )
 
 
 def real_or_stand_in(
@@ -662,7 +668,7 @@ def real_or_stand_in(
     """
     choice = setting("A3_DATA")
     is_tiny = setting("A3_PROFILE") == "tiny"
-    if choice == "embedded" or (choice == "auto" and is_tiny and OFFLINE.is_dir()):
+    if choice == "embedded" or (choice == "auto" and is_tiny and OFFLINE_FOLDER.is_dir()):
         return stand_in()
     try:
         return DigitData(name, read("train"), read("test"), real=True)
@@ -742,7 +748,7 @@ def load_our_g(model: nn.Module) -> None:
 
     Raises OSError without them, RuntimeError when they do not fit `model`.
     """
-    load_weights(model, OFFLINE / "weights" / "street_classifier.pt")
+    load_weights(model, OFFLINE_FOLDER / "weights" / "street_classifier.pt")
 
 
 @torch.inference_mode()
@@ -772,7 +778,7 @@ def load_trained_g(model: nn.Module, street: DigitData, device: torch.device) ->
     candidates: dict[str, Callable[[nn.Module], None]] = {}
     if street.real:
         candidates["the starter's published weights"] = load_published_g
-    if OFFLINE.is_dir():
+    if OFFLINE_FOLDER.is_dir():
         ours = "this project's weights, offline/weights/street_classifier.pt"
         candidates[ours] = load_our_g
     trial = street.train.first(1_000)
@@ -967,15 +973,15 @@ class Run:
     profile: str = ""
     first_line: str = ""
     first_line_handle: DisplayHandle | None = None
-    stage_seconds: dict[str, float] = field(default_factory=dict)  # by the stage's title
-    reused: list[str] = field(default_factory=list)  # names of trainings from checkpoints
+    seconds: dict[str, float] = field(default_factory=dict)  # by the title of a stage
+    resumed: list[str] = field(default_factory=list)  # names of trainings
 
 
 _current_run = Run()
 
 
 def start_run(profile: str, *data_names: str) -> None:
-    """Begin a run: forget the last one's times and which trainings it reused; show the first line.
+    """Begin a run: forget the last one's times and resumed trainings; show the first line.
 
     That line names the profile, data, machine, precision and number of trainings at a time.
     """
@@ -992,14 +998,14 @@ def start_run(profile: str, *data_names: str) -> None:
     _current_run = Run(profile, first_line, handle)
 
 
-def reused_trainings() -> list[str]:
-    """Names of the trainings that came from checkpoints since `start_run`, whole or in part."""
-    return list(dict.fromkeys(_current_run.reused))
+def resumed_trainings() -> list[str]:
+    """Names of the trainings resumed from a checkpoint since `start_run`, at any epoch."""
+    return list(dict.fromkeys(_current_run.resumed))
 
 
 def stage_seconds() -> dict[str, float]:
-    """Seconds of each stage (`title` of `run_parallel`) since `start_run`."""
-    return {title: round(seconds, 1) for title, seconds in _current_run.stage_seconds.items()}
+    """Seconds of each stage (`title` of `run_parallel`) since `start_run`, to a tenth."""
+    return {title: round(seconds, 1) for title, seconds in _current_run.seconds.items()}
 
 
 def new_training(model: nn.Module, plan: Plan) -> Training:
@@ -1062,7 +1068,7 @@ class Checkpointer:
 
     def load(self) -> History:
         """The history so far, with the state put back; empty where there is no usable file."""
-        untrained = self.to_bytes([])  # to be put back where a file can be loaded only in part
+        at_start = self.to_bytes([])  # to be put back where a file can be loaded only in part
         try:
             return self.restore(self.path.read_bytes())
         except FileNotFoundError:
@@ -1070,7 +1076,7 @@ class Checkpointer:
         except Exception as error:
             kind = type(error).__name__
             print_notice(f"Checkpoint {self.path.name} is no use ({kind}): training starts again.")
-            return self.restore(untrained)
+            return self.restore(at_start)
 
     def save_if_due(self, history: History, last: bool) -> None:
         """Write the state after the last epoch, and after others if none was saved a moment ago."""
@@ -1090,7 +1096,7 @@ def fit(
 ) -> History:
     """Train `model` in place by the notebook's loop `train_epoch`, with AdamW; return its history.
 
-    `model` is left in eval mode. A stored training goes on where it stopped.
+    `model` is left in eval mode. A training that has a checkpoint is resumed from there.
 
     train_epoch(training, batches, loss_fn) puts the model into train mode, steps optimizer and
     scheduler for each batch, and returns means, 'loss' among them. loss_fn(model, batch) gives the
@@ -1112,7 +1118,7 @@ def fit(
     checkpointer = Checkpointer(runs_folder() / f"{file_name}-{key}.pt", training)
     history = checkpointer.load()
     if history:
-        _current_run.reused.append(plan.name)
+        _current_run.resumed.append(plan.name)
         report_epochs(len(history))
     for epoch in range(len(history), plan.epochs):
         started = time.perf_counter()
@@ -1160,8 +1166,8 @@ def predict(model: nn.Module, split: Split) -> Tensor:
 
 # Fingerprints
 #
-# A fingerprint says whether a stored training is the one that is asked for. It covers all that the
-# parts reach. Values count by content. Functions count by their byte code and classes by their
+# A fingerprint says whether a checkpoint is of the training that is asked for. It covers all that
+# the parts reach. Values count by content. Functions count by their byte code and classes by their
 # members, with the globals that they use. A module of the project, such as this one, counts by its
 # text. Memory addresses, the folder of the code and devices do not count, as they change from one
 # machine to the next.
@@ -1184,7 +1190,7 @@ def fingerprint(*parts: object) -> str:
     def digest(part: object) -> bytes:
         if id(part) in known:
             return known[id(part)][1]
-        # Until its own digest is known: a part that holds itself would be followed for ever.
+        # For the time being, so that a part that holds itself is not followed for ever.
         known[id(part)] = (part, UNFINISHED)
         kind = type(part)
         pieces = [kind.__qualname__.encode(), b":"]
@@ -1193,7 +1199,7 @@ def fingerprint(*parts: object) -> str:
         content = content_of(part)
         if isinstance(content, bytes):
             pieces.append(content)
-        elif isinstance(part, set | frozenset):  # has no order
+        elif kind in (set, frozenset):  # has no order
             pieces += sorted(digest(item) for item in content)
         else:
             pieces += [digest(item) for item in content]
@@ -1211,20 +1217,20 @@ def content_of(part: object) -> bytes | list:
 
 def content_of_instance(part: object) -> list:
     """The content of an instance without a rule of its own: what pickle would store of it."""
+    content = []
     # What wraps a function (functools.cache, classmethod, staticmethod): the function inside.
     if hasattr(part, "__wrapped__"):
-        return [part.__wrapped__]
+        content.append(part.__wrapped__)
     # Some libraries tell pickle in this table how to store their types: numpy for np.tanh.
     registered = copyreg.dispatch_table.get(type(part))
     try:
         reduced = registered(part) if registered else part.__reduce_ex__(2)
     except Exception:  # what cannot be pickled counts by its type: a lock, a file
-        return []
+        return content
     if isinstance(reduced, str):  # the name of a global, such as math.exp
-        return [getattr(part, "__module__", ""), reduced]
+        return [*content, getattr(part, "__module__", ""), reduced]
     # A function that rebuilds the part, its arguments, and up to three more entries: its state, and
     # iterators over what it holds as a list or as a dict.
-    content = []
     for entry in reduced:
         is_iterator = isinstance(entry, Iterator)
         content.append(list(entry) if is_iterator else entry)
@@ -1237,9 +1243,16 @@ def content_of_value(part: int | float | complex | str | bytes | NoneType) -> by
 
 
 @content_of.register
-def content_of_collection(part: list | tuple | set | frozenset) -> list:
-    if type(part) not in (list, tuple, set, frozenset):  # a subclass may hold more than its items
+def content_of_sequence(part: list | tuple) -> list:
+    if type(part) not in (list, tuple):  # a subclass may hold more than its items
         return content_of_instance(part)
+    return list(part)
+
+
+@content_of.register
+def content_of_set(part: set | frozenset) -> list:
+    if type(part) not in (set, frozenset):
+        return [frozenset(part), getattr(part, "__dict__", {})]
     return list(part)
 
 
@@ -1271,11 +1284,10 @@ def content_of_tensor(part: Tensor) -> list:
 
 @content_of.register
 def content_of_network(part: nn.Module) -> list:
-    # Its type, which gives the module's name too (`digest` writes only the class's own name), mode,
-    # children, own weights, and what its class added to the attributes of every module. Hooks do
-    # not count.
-    of_every_module = vars(nn.Module())
-    attributes = {name: value for name, value in vars(part).items() if name not in of_every_module}
+    # The type, as `digest` adds only the name of a library's class, not its module. Of the
+    # attributes those count that a plain nn.Module lacks. Hooks do not count.
+    in_every_network = vars(nn.Module())
+    attributes = {name: value for name, value in vars(part).items() if name not in in_every_network}
     weights = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [type(part), part.training, list(part.named_children()), weights, attributes]
 
@@ -1343,15 +1355,16 @@ def module_name(part: FunctionType | type | ModuleType) -> str:
 def is_ours(part: FunctionType | type | ModuleType) -> bool:
     """Whether the part is the project's own: not Python's, not an installed package's."""
     package = module_name(part).partition(".")[0]
-    # A notebook's or script's own. Its file says nothing: a worker's __main__ module is loky's.
+    # The notebook or a script. The file of __main__ says nothing: in a worker it is loky's.
     if package == "__main__":
         return True
     if package in sys.stdlib_module_names:
         return False
-    module = sys.modules.get(package)
-    # No module, no file: the notebook's definitions, which tools/notebook.py loads without making
-    # them importable. They are ours. A namespace package has folders in place of a file.
+    if package not in sys.modules:  # the notebook's definitions, as tools/notebook.py loads them
+        return True
+    module = sys.modules[package]
     file = getattr(module, "__file__", None)
+    # A namespace package has folders in place of a file.
     places = [file] if file else getattr(module, "__path__", [])
     installed = {"site-packages", "dist-packages"}
     return not any(installed & set(Path(place).parts) for place in places)
@@ -1405,7 +1418,7 @@ CONTROL_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 MEMORY_OF_A_TRAINING = 1.5e9  # bytes of one process that trains, with the libraries
 # By default glibc gives freed memory back at once, and has to take it again. With these settings it
 # keeps the memory, and the last one asks for huge pages: a training that took 12.2 s takes 8.9 s.
-WORKER_SETTINGS = {
+MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**28),
@@ -1413,31 +1426,40 @@ WORKER_SETTINGS = {
 }
 FIRST_STAGE = "1 (b) recipes"  # its title; the notebook's first trainings
 # A run's time over that of its first stage, by profile; measured with two trainings at a time.
-RUN_TO_FIRST_STAGE_RATIO = {"full": 35, "short": 25}
+RUN_TO_FIRST_STAGE_RATIO = {"full": 34, "short": 25}
+
+
+def memory_limit_files() -> list[Path]:
+    """Where the memory limits of this process's control groups would stand; none except on Linux.
+
+    A group's limit holds for all groups below it, so those above count, too. Some of these files
+    may be missing: a container may see its own group as the top of the tree.
+    """
+    try:
+        lines = CONTROL_GROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:  # of version 2: 0::/docker/1f2a, of version 1: 4:memory:/docker/1f2a
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            tree, name = CONTROL_GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            tree, name = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = PurePosixPath(group.lstrip("/"))
+        files += [tree / place / name for place in (own, *own.parents)]
+    return files
 
 
 def memory_limit() -> float:
     """Bytes that this process's control group, such as a container, may use; else infinity."""
     limits = [math.inf]
-    try:
-        groups = CONTROL_GROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return math.inf
-    for line in groups:  # of version 2: 0::/docker/1f2a, of version 1: 4:memory:/docker/1f2a
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            folder, file = CONTROL_GROUPS, "memory.max"
-        elif "memory" in controllers.split(","):
-            folder, file = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        # A group's limit holds for all groups below it. A container may see its own group as the
-        # top of the tree, so that some of these folders are missing.
-        own = PurePosixPath(group)
-        for place in (own, *own.parents):
-            # OSError: no such file. ValueError: int("max"), where the group has no limit.
-            with suppress(OSError, ValueError):
-                limits.append(int((folder / str(place).lstrip("/") / file).read_text("utf-8")))
+    for file in memory_limit_files():
+        # OSError: no such file. ValueError: int("max"), where the group has no limit.
+        with suppress(OSError, ValueError):
+            limits.append(int(file.read_text(encoding="utf-8")))
     return min(limits)
 
 
@@ -1477,7 +1499,7 @@ def report_epochs(count: int) -> None:
     if _epochs_file is None:
         return
     with suppress(OSError), _epochs_file.open("ab") as file:
-        file.write(bytes(count))
+        file.write(b"." * count)  # one byte for each epoch
 
 
 def run_parallel(
@@ -1541,27 +1563,27 @@ def run_in_processes(calls: dict[Hashable, partial], jobs: int) -> dict[Hashable
     """
     settings = {name: text for name, text in os.environ.items() if name.startswith("A3_")}
     # Where the settings changed, loky starts new workers.
-    executor = get_reusable_executor(max_workers=jobs, env=WORKER_SETTINGS | settings)
+    executor = get_reusable_executor(max_workers=jobs, env=MALLOC_ENVIRONMENT | settings)
     waiting = list(calls)
     running: dict[Future, Hashable] = {}
     results = {}
     try:
         while waiting or running:
-            # No more than run at once, so that an error names only the tasks in work.
+            # Submit no more than can run at once: then an error names only the tasks in work.
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
-                running[executor.submit(result_and_reused_names, calls[key])] = key
+                running[executor.submit(result_and_resumed_names, calls[key])] = key
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                result, reused = future.result()
+                result, resumed = future.result()
                 results[running[future]] = result
-                _current_run.reused += reused
+                _current_run.resumed += resumed
                 del running[future]
     except TerminatedWorkerError as error:
         names = "; ".join(task_name(key) for key in running.values())
         raise RuntimeError(
             "The system ended a process, as it does when memory runs out, during: "
-            f"{names}. Set A3_JOBS=1 to run one training at a time; stored epochs are kept."
+            f"{names}. Run again with A3_JOBS=1, one training at a time; finished ones are kept."
         ) from error
     except BaseException:
         executor.shutdown(wait=False, kill_workers=True)
@@ -1569,15 +1591,15 @@ def run_in_processes(calls: dict[Hashable, partial], jobs: int) -> dict[Hashable
     return {key: results[key] for key in calls}
 
 
-def result_and_reused_names(call: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """In a worker: the result of `call` and the names of its reused trainings.
+def result_and_resumed_names(call: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """In a worker: the result of `call` and the names of its resumed trainings.
 
     `fit` adds those to the `_current_run` of its process. A worker has one of its own, which may
     still hold the names of an earlier task.
     """
-    _current_run.reused.clear()
+    _current_run.resumed.clear()
     result = call()
-    return result, _current_run.reused
+    return result, _current_run.resumed
 
 
 class DisplayStream:
@@ -1605,7 +1627,7 @@ class StageDisplay:
         self.title = title
         self.all_epochs = all_epochs  # of all tasks together
         self.epochs_file = epochs_file
-        self.reused_before = len(_current_run.reused)
+        self.resumed_before = len(_current_run.resumed)
         self.started = time.perf_counter()
         self.text = f"{title}: stopped"  # the line that stays where `record_end` is not reached
         self.ended = threading.Event()  # tells the thread
@@ -1649,22 +1671,23 @@ class StageDisplay:
         FIRST_STAGE also tells how long the run takes.
         """
         seconds = time.perf_counter() - self.started
-        reused = len(_current_run.reused) - self.reused_before
+        resumed = len(_current_run.resumed) - self.resumed_before
         duration = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
         self.text = f"{self.title}: {counted(trainings, 'training')} in {duration}"
-        if reused:
-            self.text += f", {reused} of them stored, whole or in part: delete the .pt files in "
+        if resumed:
+            self.text += f", {resumed} of them resumed: delete the checkpoints (.pt) in "
             self.text += f"{runs_folder()} to train again"
-        elif self.title == FIRST_STAGE:  # with stored trainings its time would promise too little
+        elif self.title == FIRST_STAGE:  # a resumed one is too short to tell the run's time
             announce_time(seconds)
-        _current_run.stage_seconds[self.title] = seconds
+        _current_run.seconds[self.title] = seconds
 
 
-def announce_time(first_stage: float) -> None:
+def announce_time(first_stage_seconds: float) -> None:
     """Tell how long the run takes, from the seconds of its first stage."""
     if _current_run.profile not in RUN_TO_FIRST_STAGE_RATIO:
         return
-    minutes = max(1, round(first_stage * RUN_TO_FIRST_STAGE_RATIO[_current_run.profile] / 60))
+    seconds = first_stage_seconds * RUN_TO_FIRST_STAGE_RATIO[_current_run.profile]
+    minutes = max(1, round(seconds / 60))
     text = f"The whole run takes about {counted(minutes, 'minute')} on this machine."
     if _current_run.first_line_handle:
         line = f"{_current_run.first_line} {text}"
@@ -1760,7 +1783,7 @@ def show_frame(
     frame: pd.DataFrame, caption: str, metadata: dict, at: DisplayHandle | None = None
 ) -> None:
     """Show a frame as an HTML table: the first column to the left, the others to the right."""
-    cells = frame.map(cell_text)
+    cells = frame.map(table_entry_text)
     with pd.option_context("display.max_colwidth", None):
         soup = BeautifulSoup(cells.to_html(index=False, border=0), "html.parser")
         plain = cells.to_string(index=False)
@@ -1777,7 +1800,7 @@ def show_frame(
     show_media({"text/html": str(soup), "text/plain": plain}, metadata, at)
 
 
-def cell_text(value: object) -> str:
+def table_entry_text(value: object) -> str:
     """A table's cell: floats with two decimals, nothing for NaN, true minus signs."""
     if isinstance(value, float | np.floating):
         value = "" if math.isnan(value) else f"{value:z.2f}"  # z: 0.00, not -0.00
@@ -1794,11 +1817,12 @@ NEEDED_VERSIONS = {"nbconvert": "7.16.5", "pypandoc-binary": "1.16.2", "typst": 
 LEFT_OUT_TAGS = {"hide-pdf", "install", "helper-module", "export", "submission"}
 OUTPUTS_ONLY_TAGS = {"hide-code", "claims"}
 IMAGE_TYPES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp")
-NOT_ON_PAPER = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
+# Tags that become words, with a notice; an SVG of a figure is an <img> instead.
+SHOWN_AS_WORDS = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 # What nbconvert wraps around everything.
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
 # The spaces in 95 %, 24 × 24, Table 4 and Figure 7, at which no line ends.
-LOOSE_SPACE = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)|(?<=Table) (?=\d)|(?<=Figure) (?=\d)")
+BOUND_SPACE = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)|(?<=Table) (?=\d)|(?<=Figure) (?=\d)")
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
 # All but tab, line feed and carriage return; str.translate drops what has the value None.
@@ -1971,7 +1995,7 @@ class TypstPDFExporter(HTMLExporter):
 
     def read_cell(self, cell: NotebookNode) -> tuple[Part, BeautifulSoup]:
         """The part of a cell, without its code, and the listing of its code."""
-        part = Part(self.cell_number, printable_soup(self.cell_html(cell)))
+        part = Part(self.cell_number, parse_html(self.cell_html(cell)))
         self.make_printable(part)
         # Only after make_printable, which shortens long outputs and knows them by these wrappers.
         for wrapper in part.soup.select(WRAPPERS):
@@ -1979,7 +2003,7 @@ class TypstPDFExporter(HTMLExporter):
         listing = ""
         if cell.cell_type == "code" and not OUTPUTS_ONLY_TAGS & set(cell.metadata.tags):
             listing = code_listing(cell.source)
-        return part, printable_soup(listing)
+        return part, parse_html(listing)
 
     def keep_printable_outputs(self, cell: NotebookNode) -> None:
         """Drop the outputs that the PDF leaves out, and keep one form of each other one.
@@ -2028,7 +2052,7 @@ class TypstPDFExporter(HTMLExporter):
             output.data = {"text/html": f"<figure>{image}{caption}</figure>"}
         elif markdown:
             output.data = {"text/markdown": markdown}
-        elif soup.find(["img", *NOT_ON_PAPER]) or soup.get_text(strip=True):
+        elif soup.find(["img", *SHOWN_AS_WORDS]) or soup.get_text(strip=True):
             output.data = {"text/html": self.mark_formulas_in_html(str(soup))}
         else:
             what = f"interactive output, not shown here ({', '.join(sorted(data))})"
@@ -2133,7 +2157,7 @@ class TypstPDFExporter(HTMLExporter):
             ids.setdefault(slug(self.plain_text(heading)), heading["id"])
         for soup in soups:
             for link in soup("a"):
-                address = link.get("href", "")
+                address = self.with_tex_source(link.get("href", ""))
                 if address.startswith("#"):
                     address = "#" + ids.get(slug(address), "")
                 is_broken = address in ("", "#")
@@ -2144,7 +2168,9 @@ class TypstPDFExporter(HTMLExporter):
 
     def make_printable(self, part: Part) -> None:
         """Change a cell's HTML to what can be printed, and note what cannot."""
-        for tag in part.soup(NOT_ON_PAPER):
+        for tag in part.soup(SHOWN_AS_WORDS):
+            if tag.find_parent(SHOWN_AS_WORDS):  # gone with the one around it
+                continue
             self.replace_by_words(part.cell_number, tag, f"{tag.name} {tag.get('src', '')}")
         for image in part.soup("img"):
             self.save_image(part.cell_number, image)
@@ -2154,12 +2180,12 @@ class TypstPDFExporter(HTMLExporter):
             self.fit_table(part.cell_number, table)
         bind_words(part.soup)
 
-    def replace_by_words(self, number: int, tag: Tag, what: str) -> None:
+    def replace_by_words(self, cell_number: int, tag: Tag, what: str) -> None:
         """Put words in the place of what cannot be shown, and note it."""
-        self.note(number, f"{what[:70].strip()} is not shown")
+        self.note(cell_number, f"{what[:70].strip()} is not shown")
         tag.replace_with(f"[{tag.get('alt') or what[:70].strip()}: not shown]")
 
-    def save_image(self, number: int, image: Tag) -> None:
+    def save_image(self, cell_number: int, image: Tag) -> None:
         """Write an image (data: or a file) to where Typst finds it."""
         source = unquote(image.get("src", ""))
         folder = self.resources["metadata"].get("path") or "."
@@ -2169,14 +2195,14 @@ class TypstPDFExporter(HTMLExporter):
             else:
                 content = Path(folder, source).read_bytes()
         except (OSError, ValueError):
-            self.replace_by_words(number, image, f"image {source}")
+            self.replace_by_words(cell_number, image, f"image {source}")
             return
         name = f"image{next(self.image_numbers)}"
         (self.typst_folder / name).write_bytes(content)
         image["src"] = name
-        image["alt"] = image.get("alt") or "image"
+        image["alt"] = self.with_tex_source(image.get("alt") or "image")
 
-    def fit_table(self, number: int, table: Tag) -> None:
+    def fit_table(self, cell_number: int, table: Tag) -> None:
         """Make the type of a table smaller where its longest words are wider than the page."""
         lengths = longest_word_lengths(table)
         # In em: half of one for a letter, and STYLE's inset of 0.45 on both sides of a column.
@@ -2185,7 +2211,9 @@ class TypstPDFExporter(HTMLExporter):
         if width > TABLE_WIDTH:
             size = TABLE_SIZE * TABLE_WIDTH / width
             table["typst:text:size"] = f"{size:.1f}pt"  # pandoc hands it on to Typst
-            self.note(number, f"a table of {len(lengths)} columns is set small, in {size:.1f} pt")
+            self.note(
+                cell_number, f"a table of {len(lengths)} columns is set small, in {size:.1f} pt"
+            )
 
     # HTML to PDF
 
@@ -2224,18 +2252,18 @@ class TypstPDFExporter(HTMLExporter):
         sources = [clean_tex(formula.tex) for formula in self.formulas]
         # pandoc reads a macro's definition outside of formulas only: all go to the front.
         macros = re.findall(MACRO_DEFINITION, " ".join(sources))
-        numbered = [numbered_formula(number, tex) for number, tex in enumerate(sources)]
+        numbered = [numbered_formula(index, tex) for index, tex in enumerate(sources)]
         try:
             text = pandoc("\n\n".join([OUR_MACROS, *macros, *numbered]), "markdown+latex_macros")
         except RuntimeError:  # a macro's definition is broken: the formulas go without any
             text = pandoc("\n\n".join([OUR_MACROS, *numbered]), "markdown+latex_macros")
-        text = with_new_names(text)
+        text = with_current_symbol_names(text)
         # An answer is a paragraph: 12 $ x + y $
         answers = dict(re.findall(r"(?ms)^(\d+) \$ (.*?) \$$", text))
-        for number, formula in enumerate(self.formulas):
+        for index, formula in enumerate(self.formulas):
             # pandoc writes "||" for the bars of vmatrix and Vmatrix alike.
             bars = '"‖"' if "Vmatrix" in formula.tex else '"|"'
-            typst = answers.get(str(number), "").replace('"||"', bars)
+            typst = answers.get(str(index), "").replace('"||"', bars)
             formula.typst = f"$ {typst} $" if formula.is_block else f"${typst}$"
             if not typst:
                 self.show_as_source(formula)
@@ -2257,33 +2285,41 @@ class TypstPDFExporter(HTMLExporter):
         """PDF of Typst text and "", else None and why."""
         text = re.sub(FORMULA_PATTERN, lambda found: self.formulas[int(found[1])].typst, text)
         title = f"#set document(title: {typst_string(self.title)})\n"
-        source = title + STYLE + text + missing_labels(text)
+        source = title + STYLE + text + stubs_of_missing_labels(text)
         try:
             return self.compiler.compile(source.encode(), pdf_standards=list(standards)), ""
         except RuntimeError as error:
             return None, error.diagnostic
 
+    def compiles(self, text: str) -> bool:
+        """Whether Typst can set a text."""
+        content, _ = self.compile_typst(text)
+        return content is not None
+
     def repair(self, parts: list[Part]) -> None:
         """Show what cannot be set otherwise: a formula or part as source, an image as words."""
         for part in parts:
-            if self.compile_typst(part.typst)[0]:
+            if self.compiles(part.typst):
                 continue
-            for number in re.findall(FORMULA_PATTERN, part.typst):
-                formula = self.formulas[int(number)]
-                if not self.compile_typst(formula.typst)[0]:
+            for index in re.findall(FORMULA_PATTERN, part.typst):
+                formula = self.formulas[int(index)]
+                if not self.compiles(formula.typst):
                     self.show_as_source(formula)
             for image in part.soup("img"):
-                if not self.compile_typst(f"#image({typst_string(image['src'])})")[0]:
+                if not self.compiles(f"#image({typst_string(image['src'])})"):
                     self.replace_by_words(part.cell_number, image, f"image {image['alt']}")
             self.convert_parts([part])
-            if not self.compile_typst(part.typst)[0]:
+            if not self.compiles(part.typst):
                 self.note(part.cell_number, "shown as source, as it cannot be set")
                 part.typst = f"#raw({typst_string(self.plain_text(part.soup))}, block: true)"
 
     def plain_text(self, soup: Tag) -> str:
         """The words of HTML, with each formula as it was typed in the place of its mark."""
-        words = soup.get_text()
-        return re.sub(FORMULA_PATTERN, lambda found: f"${self.formulas[int(found[1])].tex}$", words)
+        return self.with_tex_source(soup.get_text())
+
+    def with_tex_source(self, text: str) -> str:
+        """Text with each formula as it was typed in the place of its mark."""
+        return re.sub(FORMULA_PATTERN, lambda found: f"${self.formulas[int(found[1])].tex}$", text)
 
     def note_missing_letters(self, problem: str, parts: list[Part]) -> str:
         """Note the letters that no font has; returns them."""
@@ -2303,11 +2339,11 @@ def refuses_pdf_a(problem: str) -> bool:
     return "PDF/A" in message
 
 
-def missing_labels(text: str) -> str:
+def stubs_of_missing_labels(text: str) -> str:
     """Typst text that defines the labels to which `text` links and which it lacks.
 
-    A label is missing where its heading is shown as source, or where `repair` sets another part
-    alone.
+    A label is missing where its heading is shown as source, or where `repair` compiles a part alone
+    that links to another one.
     """
     wanted = set(re.findall(r"#link\((<section-\d+>)\)", text))
     there = set(re.findall(r"(?m)^(<section-\d+>)$", text))
@@ -2324,7 +2360,7 @@ def symbol_rules(characters: str) -> str:
     return rules
 
 
-def with_new_names(typst: str) -> str:
+def with_current_symbol_names(typst: str) -> str:
     """Typst text with today's names of two symbols, for which pandoc writes older ones."""
     parts = re.split(r'("(?:[^"\\]|\\.)*")', typst)  # every second one is quoted text, which stays
     for number in range(0, len(parts), 2):
@@ -2358,19 +2394,19 @@ def clean_tex(tex: str) -> str:
     """A formula on one line, without comments and the old form of fonts."""
     # \% is a percent sign. In \\% the backslashes are a line break, and a comment begins.
     without_comments = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", tex)
-    # In {\rm abc} the \rm holds up to the brace. Its macro in OUR_MACROS has one argument, the a.
+    # {\rm abc} becomes \mathrm{abc}; the macro \rm of OUR_MACROS would take only the a.
     with_new_fonts = re.sub(r"\{\\(rm|bf|cal)\s+([^{}]*)\}", r"\\math\1{\2}", without_comments)
     return " ".join(with_new_fonts.split())
 
 
-def numbered_formula(number: int, tex: str) -> str:
-    """A paragraph for pandoc: a number, which its answer will have too, and a formula.
+def numbered_formula(index: int, tex: str) -> str:
+    """A paragraph for pandoc: a formula behind its index, which stands in pandoc's answer too.
 
     The formula is without definitions of macros. Where nothing else is left, it is a space, as
     pandoc takes $$$$ for no formula.
     """
     tex = re.sub(MACRO_DEFINITION, "", tex).strip() or "~"
-    return f"{number} $${tex}$$"
+    return f"{index} $${tex}$$"
 
 
 def typst_string(text: str) -> str:
@@ -2410,8 +2446,8 @@ def code_listing(code: str) -> str:
     return f'{heading}<pre class="python"><code>{escape(code)}</code></pre>'
 
 
-def printable_soup(html: str) -> BeautifulSoup:
-    """HTML without control characters, which no notebook shows and no font has."""
+def parse_html(html: str) -> BeautifulSoup:
+    """Parsed HTML, without control characters, which no notebook shows and no font has."""
     return BeautifulSoup(html.translate(CONTROL_CHARACTERS), "html.parser")
 
 
@@ -2427,9 +2463,10 @@ def printable_pre(pre: Tag) -> str:
 
 def bind_words(soup: Tag) -> None:
     """Put no-break spaces where no line should end; code keeps its spaces."""
-    for words in soup(string=LOOSE_SPACE):
-        if not words.find_parent(["pre", "code"]):
-            words.replace_with(LOOSE_SPACE.sub("\N{NO-BREAK SPACE}", words))
+    for words in soup(string=BOUND_SPACE):
+        is_comment = isinstance(words, Comment)
+        if not is_comment and not words.find_parent(["pre", "code"]):
+            words.replace_with(BOUND_SPACE.sub("\N{NO-BREAK SPACE}", words))
 
 
 def longest_word_lengths(table: Tag) -> list[int]:

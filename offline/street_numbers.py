@@ -495,9 +495,9 @@ def _photograph(rng: torch.Generator, image: Tensor, scale: Tensor, photo_side: 
     n = len(image)
     blur = _uniform(rng, 0.004, 0.055, n, 1, 1) * scale
     smear = torch.exp(_normal(rng, 0.25, n, 1, 1))  # blurs differ along the two axes
-    down = _shrinking(photo_side, blur * smear)
-    across = _shrinking(photo_side, blur / smear)
-    return _along_both_axes(down, image, across.mT)
+    vertical = _shrinking(photo_side, blur * smear)
+    horizontal = _shrinking(photo_side, blur / smear)
+    return _along_both_axes(vertical, image, horizontal.mT)
 
 
 def _add_noise(rng: torch.Generator, image: Tensor, amount: Tensor) -> Tensor:

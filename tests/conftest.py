@@ -58,7 +58,7 @@ def small_svhn(monkeypatch):
     sizes = {"MNIST": {"train": 12, "test": 5}, "SVHN": {"train": 40, "test": 20}}
     monkeypatch.setattr(utils, "SIZES", sizes)
     monkeypatch.setattr(utils, "RENDERED_SIZES", {"train": 60, "test": 30})
-    monkeypatch.setattr(utils, "SVHN_COUNTS", [4] * 10)
+    monkeypatch.setattr(utils, "SVHN_TRAIN_COUNTS", [4] * 10)
     monkeypatch.setattr(utils, "SVHN_URL", NOWHERE)
     monkeypatch.setattr(utils, "MNIST_URL", NOWHERE)
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)

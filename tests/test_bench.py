@@ -38,14 +38,16 @@ def test_a_starter_under_other_conditions_gives_its_accuracy_only(bench):
     split = noise_split(64)
     mnist = utils.DigitData("MNIST", split, split, real=True)
     records = [run_record(machine="b"), run_record()]
-    measured = bench.starter_for(mnist, records, bench.conditions_of(records[1]))
+    measured = bench.stored_or_extrapolated_starter(mnist, records, bench.conditions_of(records[1]))
     assert measured is records[1]["data"]["MNIST"]["starter"]
-    estimate = bench.starter_for(mnist, records, bench.conditions_of(run_record(threads=1)))
+    estimate = bench.stored_or_extrapolated_starter(
+        mnist, records, bench.conditions_of(run_record(threads=1))
+    )
     assert estimate["test_acc"] == 99.3
     assert estimate["seconds"] != 900.0 and estimate["seconds_are"] == "extrapolated"
     fewer = replace(mnist, test=split.first(10))
     with pytest.raises(SystemExit, match="judged by 10 test images"):
-        bench.starter_for(fewer, records, bench.conditions_of(records[1]))
+        bench.stored_or_extrapolated_starter(fewer, records, bench.conditions_of(records[1]))
 
 
 def test_the_readme_shows_the_records_of_the_first_ones_machine(bench):

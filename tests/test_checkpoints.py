@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +163,14 @@ class Named(list):
         self.name = name
 
 
+class Labels(set):
+    """A set that holds more than its items."""
+
+    def __init__(self, items, name):
+        super().__init__(items)
+        self.name = name
+
+
 def values_of_all_kinds():
     recursive = [1]
     recursive.append(recursive)
@@ -178,6 +186,8 @@ def values_of_all_kinds():
         *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
         *[np.random.default_rng(1), np.random.default_rng(2)],
         *[defaultdict(int), defaultdict(list), Named([1], "one"), Named([1], "two")],
+        *[Labels({1}, "one"), Labels({1}, "two"), Labels({2}, "two")],
+        *[update_wrapper(partial(math.pow, base), math.sqrt) for base in (2, 3)],
         *[np.array([[number], None], dtype=object) for number in (1000, 1001)],
     ]
 
@@ -195,6 +205,7 @@ def test_the_order_of_a_dict_counts_that_of_a_set_and_the_memory_layout_do_not()
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)  # their hashes collide
     assert key(one) == key(other)
+    assert key(Labels([0, 8], "a")) == key(Labels([8, 0], "a"))
     images = torch.arange(24.0).view(1, 2, 3, 4)
     assert key(images) == key(images.contiguous(memory_format=torch.channels_last))
 

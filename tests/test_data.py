@@ -77,6 +77,9 @@ def test_take_and_first_give_the_images_asked_for_in_that_order():
     for wrong in ([40], [-1], [0.5], [True, False]):
         with pytest.raises(ValueError, match="indices"):
             split.take(wrong)
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match="count must be 1 or more"):
+            split.first(wrong)
 
 
 def test_images_become_floats_from_minus_one_to_one():
@@ -92,7 +95,7 @@ def test_all_of_real_svhn_is_that_of_the_official_files(shared, monkeypatch):
     data = utils.load_svhn()
     assert (data.name, data.real) == ("SVHN", True)
     assert (len(data.train), len(data.test)) == (73_257, 6_000)
-    assert data.train.counts() == utils.SVHN_COUNTS
+    assert data.train.counts() == utils.SVHN_TRAIN_COUNTS
     assert data.test.labels[:10].tolist() == [5, 2, 1, 0, 6, 1, 9, 1, 1, 8]
     # The first 601 official crops are here in the official format; ours were cut again.
     official = utils.decode_mat(shared / "SVHN_subset" / "train_first601.mat")
@@ -121,7 +124,7 @@ def test_parquet_files_are_read_in_order_and_again_only_after_a_change(small_svh
     with monkeypatch.context() as patch:  # as for the lone notebook
         patch.setenv("A3_DATA", "auto")
         patch.setenv("A3_PROFILE", "tiny")
-        patch.setattr(utils, "OFFLINE", Path("nowhere"))
+        patch.setattr(utils, "OFFLINE_FOLDER", Path("nowhere"))
         assert utils.load_svhn().real
     changed = train.take(range(39, 24, -1))
     as_parquet(root / "train-1.parquet", changed)
@@ -191,11 +194,11 @@ def test_a_stand_in_is_announced_and_never_called_mnist_or_svhn(small_svhn, monk
 
 @pytest.mark.parametrize(
     ("data", "offline", "says"),
-    [("real", utils.OFFLINE, "run again"), ("auto", Path("nowhere"), "folder offline/")],
+    [("real", utils.OFFLINE_FOLDER, "run again"), ("auto", Path("nowhere"), "folder offline/")],
 )
 def test_without_data_a_run_stops_and_says_what_to_do(small_svhn, monkeypatch, data, offline, says):
     monkeypatch.setenv("A3_DATA", data)
-    monkeypatch.setattr(utils, "OFFLINE", offline)
+    monkeypatch.setattr(utils, "OFFLINE_FOLDER", offline)
     for load in (utils.load_mnist, utils.load_svhn):
         with pytest.raises(utils.DataError, match=f"(?s)Connection refused.*What to do.*{says}"):
             load()

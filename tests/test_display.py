@@ -63,7 +63,7 @@ def test_a_table_has_its_caption_two_decimals_and_true_minus_signs(shown):
     first_row = ["semi-hard <b>", "98.77", "−0.12 ± 0.08", "1.00"]
     second_row = ["biggan-deep-256", "−0.50", "x" * 80, ""]
     assert texts_of(data["text/html"]) == first_row + second_row
-    assert utils.cell_text(-0.001) == "0.00"
+    assert utils.table_entry_text(-0.001) == "0.00"
 
 
 def test_claims_are_shown_with_what_became_of_them(shown):

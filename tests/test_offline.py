@@ -88,7 +88,7 @@ def test_generated_digits_are_recognized_as_often_as_recorded(truncation):
     labels = torch.arange(20).repeat(20)
     gan = digit_biggan.load_digit_biggan()
     images = train_digit_biggan.sample(gan, labels, truncation, seed=5)
-    _, right = train_digit_biggan.features_and_right(evaluator, images, labels)
+    _, accuracy = train_digit_biggan.features_and_accuracy(evaluator, images, labels)
     final = record("digit_biggan_log.json")["final"][str(truncation)]
     recorded = (final["recognized_street"] + final["recognized_handwritten"]) / 2
-    assert right == pytest.approx(recorded, abs=3)
+    assert accuracy == pytest.approx(recorded, abs=3)

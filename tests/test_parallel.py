@@ -51,7 +51,7 @@ def test_errors_name_the_task_and_leave_the_next_stage_working(monkeypatch):
     for jobs in (1, 2):
         with pytest.raises(RuntimeError, match=r"SVHN, seed 1: ValueError: .*no digit"):
             run(failing | others, monkeypatch, jobs)
-    with pytest.raises(RuntimeError, match=r"during: SVHN, seed 2; good, 0\. Set A3_JOBS=1"):
+    with pytest.raises(RuntimeError, match=r"during: SVHN, seed 2; good, 0\. Run again"):
         run({("SVHN", "seed 2"): kill} | others, monkeypatch, jobs=2)
     # The first of these ends last.
     sleeps = {seconds: partial(time.sleep, seconds) for seconds in (0.4, 0.0)}
@@ -97,7 +97,7 @@ def stage(jobs):
 
 
 @pytest.mark.slow
-def test_one_line_of_a_stage_stays_and_workers_use_what_is_stored_until_a_cell_changes():
+def test_one_line_of_a_stage_stays_and_workers_resume_until_a_cell_changes():
     """The functions are defined in __main__, whose cells are no files."""
     cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -106,21 +106,19 @@ def test_one_line_of_a_stage_stays_and_workers_use_what_is_stored_until_a_cell_c
     for cell in notebook.cells[1:]:
         (output,) = cell.outputs
         lines.append(output.data["text/plain"])
-    first, trained, stored, changed = lines
+    first, trained, resumed, changed = lines
     assert "The whole run takes about " in first
-    assert "2 of them stored, whole or in part: delete the .pt files in" in stored
+    assert "2 of them resumed: delete the checkpoints (.pt) in" in resumed
     for line in (trained, changed):
         assert line.startswith("stage: 2 trainings in ")
-        assert "stored" not in line
+        assert "resumed" not in line
 
 
-def test_the_first_stage_tells_the_time_of_the_run_unless_its_trainings_were_stored(
-    monkeypatch, capsys
-):
+def test_the_first_stage_tells_the_time_of_the_run_unless_it_resumed_trainings(monkeypatch, capsys):
     monkeypatch.setitem(utils.RUN_TO_FIRST_STAGE_RATIO, "tiny", 300)
     monkeypatch.setattr(utils, "FIRST_STAGE", "first")
     told = []
-    for _ in range(2):  # the second run finds what the first one stored
+    for _ in range(2):  # the second run finds the checkpoints of the first
         utils.start_run("tiny", "noise")
         for title in ("another", "first", "second"):
             tasks = {title: partial(train, name=title, epochs=1)}

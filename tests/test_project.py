@@ -158,7 +158,7 @@ def test_publish_makes_a_run_the_committed_one(project, run_of):
 REASONS = [
     "the profile is short",
     "does not hold: Ours is better",
-    "stored trainings were used",
+    "it resumed trainings",
     "results.json is of another run than the notebook",
     "SVHN is a stand-in",
     "cell [2] shows the local name",

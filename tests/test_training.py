@@ -82,19 +82,19 @@ def test_a_resumed_training_has_the_numbers_of_an_uninterrupted_one(
     assert rows(history) == rows(expected) and same_weights(resumed, whole)
 
 
-def test_reused_trainings_are_used_and_counted_once_each_since_the_run_began():
+def test_resumed_trainings_are_named_once_each_since_the_run_began():
     utils.start_run("tiny", "noise")
     first, expected = train()
-    assert utils.reused_trainings() == []
+    assert utils.resumed_trainings() == []
     watch.reset()
     for _ in range(2):
         again, history = train()
         assert history == expected and same_weights(again, first)
     assert watch.epochs == []
-    assert utils.reused_trainings() == ["Noise, seed 0"]
-    assert utils.result_and_reused_names(int) == (0, [])  # a worker tells those of its task alone
+    assert utils.resumed_trainings() == ["Noise, seed 0"]
+    assert utils.result_and_resumed_names(int) == (0, [])  # a worker tells those of its task alone
     utils.start_run("tiny", "noise")
-    assert utils.reused_trainings() == []
+    assert utils.resumed_trainings() == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "fits half way"])

@@ -137,7 +137,7 @@ def test_short_and_embedded_runs_do_not_ask_for_biggan_deep(profile, data, monke
 
 
 def test_a_lone_notebook_without_downloads_has_no_generator(monkeypatch, tmp_path):
-    monkeypatch.setattr(utils, "OFFLINE", tmp_path / "nowhere")
+    monkeypatch.setattr(utils, "OFFLINE_FOLDER", tmp_path / "nowhere")
     generator, why_not = utils.best_generator("auto", "short", CPU)
     assert generator is None
     assert why_not.endswith("needs the whole project, with its folder offline/")

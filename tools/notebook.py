@@ -36,11 +36,11 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "assignment3.ipynb"
-QUOTES = "'''"  # around the copy of utils.py in the helper cell
+TRIPLE_QUOTE = "'''"  # around the copy of utils.py in the helper cell
 # The first words of a cell that quotes code: its file, and the function or method.
-QUOTED = re.compile(r"`(?P<file>[\w/]+\.py)`: `(?P<name>[\w.]+)`")
+CODE_REFERENCE = re.compile(r"`(?P<file>[\w/]+\.py)`: `(?P<name>[\w.]+)`")
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
-PDF_SECTION = "# ---- PDF"  # of utils.py: its last
+PDF_SECTION = "# ---- PDF"  # where the last section of utils.py begins
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef)
 README_START = "<!-- results: made by `make publish` -->"
 README_END = "<!-- end of results -->"
@@ -178,10 +178,12 @@ def helper_cell(source: str) -> str:
     That cell raises ImportError where `import utils` would find another module. Raises ValueError
     for a source that cannot be quoted.
     """
-    if QUOTES in source:
-        raise ValueError(f"utils.py must not hold {QUOTES}: the notebook quotes it with them.")
-    quoted = f"r{QUOTES}{source}{QUOTES}"
-    return HELPER_CELL.strip().replace("SOURCE", quoted, 1)
+    if TRIPLE_QUOTE in source:
+        raise ValueError(
+            f"utils.py must not hold {TRIPLE_QUOTE}: the notebook quotes it with them."
+        )
+    literal = f"r{TRIPLE_QUOTE}{source}{TRIPLE_QUOTE}"
+    return HELPER_CELL.strip().replace("SOURCE", literal, 1)
 
 
 def sync(path: Path = NOTEBOOK) -> None:
@@ -194,14 +196,14 @@ def sync(path: Path = NOTEBOOK) -> None:
     source = (ROOT / "utils.py").read_text(encoding="utf-8")
     single_tagged_cell(notebook, "helper-module").source = helper_cell(source)
     for cell in tagged(notebook, "quotes-code"):
-        quoted = QUOTED.search(cell.source)
-        if not quoted:
+        reference = CODE_REFERENCE.search(cell.source)
+        if not reference:
             raise ValueError(f"A cell tagged quotes-code names no file: {cell.source[:70]}")
-        file = (ROOT / quoted["file"]).read_text(encoding="utf-8")
-        before, _, quotation = cell.source.partition("```python\n")
-        _, _, after = quotation.partition("\n```")
-        quotation = f"```python\n{definition_source(file, quoted['name'])}\n```"
-        cell.source = before + quotation + after
+        file = (ROOT / reference["file"]).read_text(encoding="utf-8")
+        before, _, rest = cell.source.partition("```python\n")
+        _, _, after = rest.partition("\n```")
+        listing = f"```python\n{definition_source(file, reference['name'])}\n```"
+        cell.source = before + listing + after
     tidy_and_save(notebook, path)
 
 
@@ -210,15 +212,15 @@ def definition_source(source: str, name: str) -> str:
 
     With its decorators. Raises ValueError where there is no such function.
     """
-    found = ast.parse(source)
+    scope = ast.parse(source)
     for part in name.split("."):
-        definitions = [node for node in found.body if isinstance(node, DEFINITIONS)]
+        definitions = [node for node in scope.body if isinstance(node, DEFINITIONS)]
         named = [definition for definition in definitions if definition.name == part]
         if not named:
             raise ValueError(f"{name} is quoted, but not defined.")
-        found = named[0]
-    first_line = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
-    lines = source.splitlines()[first_line - 1 : found.end_lineno]
+        scope = named[0]
+    decorators = [decorator.lineno for decorator in scope.decorator_list]
+    lines = source.splitlines()[min([scope.lineno, *decorators]) - 1 : scope.end_lineno]
     return textwrap.dedent("\n".join(lines))
 
 
@@ -308,7 +310,7 @@ class StreamingClient(nbclient.NotebookClient):
         )
         self.console = console
         self.shown: dict[str, str] = {}  # what each display that can change shows now
-        self.last_display = ""  # id of the one that began last
+        self.newest_display = ""  # id of the one that began last
 
     def pass_on_interrupts(self, notebook: NotebookNode) -> None:
         """From now on, interrupt the kernel when this process is interrupted or told to end.
@@ -348,10 +350,10 @@ class StreamingClient(nbclient.NotebookClient):
             return
         before = self.shown.get(display, "")
         if display not in self.shown:
-            self.console.finish()  # with the last state of the bar before
-            self.last_display = display
+            self.console.finish()  # the bar before this one keeps its last state
+            self.newest_display = display
         self.shown[display] = text
-        if display == self.last_display:
+        if display == self.newest_display:
             self.console.progress(text)
         elif text != before:
             self.console.print_line(text.removeprefix(before).strip())
@@ -593,8 +595,8 @@ def comparable_code(source: str) -> str:
 
 def comparable_utils(helper: str) -> str:
     """The helper cell without what no run executes: comments, docstrings, and the PDF export."""
-    before, _, rest = helper.partition(QUOTES)
-    module, _, after = rest.rpartition(QUOTES)  # the copy of utils.py, and the code below it
+    before, _, rest = helper.partition(TRIPLE_QUOTE)
+    module, _, after = rest.rpartition(TRIPLE_QUOTE)  # the copy of utils.py, and the code below it
     tree = ast.parse(module.partition(PDF_SECTION)[0])
     for node in ast.walk(tree):
         if isinstance(node, WITH_DOCSTRING) and ast.get_docstring(node):
@@ -650,7 +652,7 @@ def results_faults(results: dict[str, Any]) -> list[str]:
     stand_ins = [data["name"] for data in results["data"].values() if not data["real"]]
     faults += [f"{name} is a stand-in" for name in stand_ins]
     if results["run"]["resumed"]:
-        faults.append("stored trainings were used: delete the runs folder and run again")
+        faults.append("it resumed trainings: delete the runs folder and run again")
     untrue = [claim for claim, holds in results["claims"].items() if not holds]
     faults += [f"does not hold: {claim}" for claim in untrue]
     return faults

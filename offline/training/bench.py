@@ -49,7 +49,7 @@ from offline.training.common import CPU, definitions
 from tools.notebook import ROOT, fill_readme, markdown_table
 
 RESULTS = Path(__file__).with_name("bench.json")
-BATCH, EPOCHS = 128, 20  # of the starter
+STARTER_BATCH, STARTER_EPOCHS = 128, 20
 SEEDS = (0, 1, 2)  # of both
 # Of ours: the lengths that are tried; half an epoch sees half of the training images.
 SHORT_EPOCHS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
@@ -83,7 +83,7 @@ class ShortRecipe:
     hard_share: float = 0.0  # see `with_hard_images`; from the second epoch on
 
 
-SHORT = {
+SHORT_RECIPES = {
     "MNIST": ShortRecipe(),
     "SVHN": ShortRecipe(
         side=24,
@@ -123,7 +123,9 @@ def starter_training(train: utils.Split, epochs: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(definitions.base_trunk(), definitions.task_head())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = torch.utils.data.DataLoader(ImageDataset(train), batch_size=BATCH, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        ImageDataset(train), batch_size=STARTER_BATCH, shuffle=True
+    )
     for _ in range(epochs):
         for images, labels in loader:
             optimizer.zero_grad()
@@ -314,15 +316,15 @@ def median_of_seeds(
     }
 
 
-def starter_result(data: utils.DigitData, test: utils.Split) -> dict[str, Any]:
+def train_starter(data: utils.DigitData, test: utils.Split) -> dict[str, Any]:
     """Seconds and test accuracy of the starter's way, trained to its end."""
-    found = median_of_seeds(partial(starter_training, data.train, EPOCHS), test)
+    found = median_of_seeds(partial(starter_training, data.train, STARTER_EPOCHS), test)
     print(f"{data.name}, the starter: {found['test_acc']:.2f} % in {found['seconds']:.0f} s")
-    facts = {"epochs": EPOCHS, "test_images": len(test), "seconds_are": "measured"}
+    facts = {"epochs": STARTER_EPOCHS, "test_images": len(test), "seconds_are": "measured"}
     return facts | found
 
 
-def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str, Any]:
+def extrapolated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str, Any]:
     """The starter's way with the accuracy that is known, and its seconds on this machine.
 
     The seconds are those of a part of an epoch, extrapolated.
@@ -332,8 +334,8 @@ def estimated_starter(data: utils.DigitData, known: dict[str, Any]) -> dict[str,
     part = data.train.first(TIMED_IMAGES)
     _, seconds = timed(partial(starter_training, part, 1, seed=0))
     return {
-        "epochs": EPOCHS,
-        "seconds": seconds * EPOCHS * len(data.train) / len(part),
+        "epochs": STARTER_EPOCHS,
+        "seconds": seconds * STARTER_EPOCHS * len(data.train) / len(part),
         "seconds_are": "extrapolated",
         "test_acc": known["test_acc"],
         "test_images": known["test_images"],
@@ -345,7 +347,7 @@ def short_result(data: utils.DigitData, test: utils.Split, goal: float) -> dict[
 
     Raises RuntimeError where no number in SHORT_EPOCHS is enough.
     """
-    recipe = SHORT[data.name]
+    recipe = SHORT_RECIPES[data.name]
     # Not timed: the first training also pays for imports.
     short_training(data.train.first(2_000), recipe, 1.0, seed=0)
     for epochs in SHORT_EPOCHS:
@@ -398,7 +400,7 @@ def with_record(records: list[dict[str, Any]], new: dict[str, Any]) -> list[dict
     return [*records[:place], new, *records[place + 1 :]]
 
 
-def measured_starters(
+def stored_starters(
     records: list[dict[str, Any]], data: utils.DigitData
 ) -> dict[Conditions, dict[str, Any]]:
     """By conditions, the starter's stored results that can be compared.
@@ -414,7 +416,7 @@ def measured_starters(
     return found
 
 
-def starter_for(
+def stored_or_extrapolated_starter(
     data: utils.DigitData, records: list[dict[str, Any]], conditions: Conditions
 ) -> dict[str, Any]:
     """The starter's result if it is not trained now: a stored one, else an estimate.
@@ -422,7 +424,7 @@ def starter_for(
     An estimate has the accuracy of the first measured result, and the seconds that a part of an
     epoch promises. Raises SystemExit where no measured result for these test images is stored.
     """
-    measured = measured_starters(records, data)
+    measured = stored_starters(records, data)
     if not measured:
         raise SystemExit(
             f"{RESULTS.name} has no starter that was judged by {len(data.test):,} test images of "
@@ -430,7 +432,7 @@ def starter_for(
         )
     if conditions in measured:
         return measured[conditions]
-    return estimated_starter(data, next(iter(measured.values())))
+    return extrapolated_starter(data, next(iter(measured.values())))
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -441,13 +443,13 @@ def table(records: list[dict[str, Any]]) -> str:
             if "short" not in found:  # ours did not come to its end
                 continue
             starter, short = found["starter"], found["short"]
-            before = f"{starter['test_acc']:.2f} % in {starter['seconds']:,.0f} s"
+            of_starter = f"{starter['test_acc']:.2f} % in {starter['seconds']:,.0f} s"
             if starter["seconds_are"] == "extrapolated":
-                before += " (extrapolated)"
-            after = f"{short['test_acc']:.2f} % in {short['seconds']:.1f} s"
-            epochs = f"{short['epochs']:g} epochs"
+                of_starter += " (extrapolated)"
+            ours = f"{short['test_acc']:.2f} % in {short['seconds']:.1f} s"
+            ours += f", {short['epochs']:g} epochs"
             ratio = f"{found['ratio']:.0f}"
-            rows.append([name, record["arithmetic"], before, f"{after}, {epochs}", ratio])
+            rows.append([name, record["arithmetic"], of_starter, ours, ratio])
     return markdown_table(rows)
 
 
@@ -488,12 +490,12 @@ def main() -> None:
         data = loaders[name]()
         test = definitions.gray(data.test) if data.test.images.shape[1] == 3 else data.test
         if arguments.full:
-            starter = starter_result(data, test)
+            starter = train_starter(data, test)
             # It took most of the time: keep it, whatever becomes of ours.
             new_record["data"][data.name] = {"starter": starter}
             save_and_fill_readme(with_record(records, new_record))
         else:
-            starter = starter_for(data, records, conditions)
+            starter = stored_or_extrapolated_starter(data, records, conditions)
         short = short_result(data, test, starter["test_acc"])
         ratio = starter["seconds"] / short["seconds"]
         new_record["data"][data.name] = {"starter": starter, "short": short, "ratio": ratio}

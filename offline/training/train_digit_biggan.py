@@ -76,9 +76,9 @@ SEED = 0
 STATISTICS_SEED = 7  # of the noise that fills the batch-norm tables
 
 
-def noise(count: int, generator: torch.Generator, truncation: float = 1.0) -> Tensor:
+def noise(count: int, rng: torch.Generator, truncation: float = 1.0) -> Tensor:
     """The library's truncated noise, count x 32: a normal cut to -2..2, times the truncation."""
-    z = nn.init.trunc_normal_(torch.empty(count, Z_DIM), a=-2.0, b=2.0, generator=generator)
+    z = nn.init.trunc_normal_(torch.empty(count, Z_DIM), a=-2.0, b=2.0, generator=rng)
     return truncation * z
 
 
@@ -102,16 +102,16 @@ class RealImages:
         padded = utils.Split(F.pad(small.images, (2, 2, 2, 2)), small.labels)
         self.splits = {"street": getattr(street, part), "handwritten": padded}
 
-    def draw(self, role: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, role: str, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` random images of one set, float N x 3 x 32 x 32 in -1..1, and their classes."""
         split = self.splits[role]
-        index = torch.randint(len(split), (count,), generator=generator)
+        index = torch.randint(len(split), (count,), generator=rng)
         images = utils.to_float(split.images[index]).expand(-1, 3, -1, -1)  # SVHN has three already
         return images, split.labels[index] + FIRST_CLASS[role]
 
-    def batch(self, counts: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, counts: dict[str, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """So many random images of each set, in the order of `counts`, and their classes."""
-        drawn = [self.draw(role, count, generator) for role, count in counts.items()]
+        drawn = [self.draw(role, count, rng) for role, count in counts.items()]
         images = torch.cat([images for images, _ in drawn])
         labels = torch.cat([labels for _, labels in drawn])
         return images.contiguous(memory_format=torch.channels_last), labels
@@ -232,12 +232,12 @@ def load_or_train_classifier(
     model = model.to(memory_format=torch.channels_last)
     if path.exists():
         return utils.load_weights(model, path)
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
-        images, labels = real.batch(CLASSIFIER_BATCH, generator)
-        images = definitions.random_affine(images, generator, AFFINE)
+        images, labels = real.batch(CLASSIFIER_BATCH, rng)
+        images = definitions.random_affine(images, rng, AFFINE)
         with utils.autocast(CPU):
             logits = model(images.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
@@ -263,7 +263,7 @@ class Trainer:
         self.discriminator = Discriminator().to(memory_format=torch.channels_last)
         self.opt_g = torch.optim.Adam(self.generator.parameters(), LR_GENERATOR, BETAS)
         self.opt_d = torch.optim.Adam(self.discriminator.parameters(), LR_DISCRIMINATOR, BETAS)
-        self.random = torch.Generator().manual_seed(SEED)
+        self.rng = torch.Generator().manual_seed(SEED)
         self.step = 0
         self.seconds = 0.0  # of one core
         self.log: list[dict[str, float]] = []
@@ -276,7 +276,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "opt_g": self.opt_g.state_dict(),
             "opt_d": self.opt_d.state_dict(),
-            "random": self.random.get_state(),
+            "random": self.rng.get_state(),
             "step": self.step,
             "seconds": self.seconds,
             "log": self.log,
@@ -291,7 +291,7 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.opt_g.load_state_dict(state["opt_g"])
         self.opt_d.load_state_dict(state["opt_d"])
-        self.random.set_state(state["random"])
+        self.rng.set_state(state["random"])
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.log = state["log"]
@@ -303,9 +303,9 @@ class Trainer:
         """
         self.discriminator.gain = FIRST_GAIN if self.step < GAIN_STEP else LATER_GAIN
         counts = {"street": STREET_BATCH, "handwritten": HANDWRITTEN_BATCH}
-        images, labels = real.batch(counts, self.random)
+        images, labels = real.batch(counts, self.rng)
         with utils.autocast(CPU):
-            fakes = self.generator(noise(BATCH, self.random), one_hot(labels), 1.0).float()
+            fakes = self.generator(noise(BATCH, self.rng), one_hot(labels), 1.0).float()
             both = torch.cat([images, fakes.detach()])
             scores = self.discriminator(both, labels.repeat(2)).float()
         on_real, on_fake = scores.chunk(2)
@@ -414,8 +414,8 @@ def fill_statistics(model: BigGAN, rows: Iterable[int], per_class: int) -> None:
     # only the norm's own `training` is set: norm.train() would reach them too.
     norms = [module for module in model.modules() if isinstance(module, TrainableBatchNorm)]
     for row in rows:
-        generator = torch.Generator().manual_seed(STATISTICS_SEED)  # the same directions for all
-        z = noise(len(labels), generator, truncation=row / 50)
+        rng = torch.Generator().manual_seed(STATISTICS_SEED)  # the same directions for all
+        z = noise(len(labels), rng, truncation=row / 50)
         for norm in norms:
             norm.training = True
             norm.row = row
@@ -435,7 +435,7 @@ def sample(model: BigGAN, labels: Tensor, truncation: float, seed: int) -> Tenso
 
 
 @torch.no_grad()
-def features_and_right(
+def features_and_accuracy(
     classifier: EvaluationClassifier, images: Tensor, labels: Tensor
 ) -> tuple[Tensor, float]:
     """Features (N x 64), and the percentage of `images` recognized as their class."""
@@ -473,8 +473,8 @@ def quality(
     for role, first in FIRST_CLASS.items():
         labels = first + torch.arange(10).repeat(len(reference[role]) // 10)
         images = sample(model, labels, truncation, seed=11)
-        features, right = features_and_right(classifier, images, labels)
-        result[f"recognized_{role}"] = round(right, 2)
+        features, accuracy = features_and_accuracy(classifier, images, labels)
+        result[f"recognized_{role}"] = round(accuracy, 2)
         result[f"frechet_{role}"] = round(frechet_distance(features, reference[role]), 2)
     return result
 
@@ -490,10 +490,10 @@ def reference_features(
     for role in FIRST_CLASS:
         train_batch = parts["train"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(3))
         test_batch = parts["test"].draw(role, FRECHET_IMAGES, torch.Generator().manual_seed(4))
-        reference[role], train_right = features_and_right(classifier, *train_batch)
-        test_features, test_right = features_and_right(classifier, *test_batch)
-        measures[f"recognized_{role}_train"] = round(train_right, 2)
-        measures[f"recognized_{role}_test"] = round(test_right, 2)
+        reference[role], train_accuracy = features_and_accuracy(classifier, *train_batch)
+        test_features, test_accuracy = features_and_accuracy(classifier, *test_batch)
+        measures[f"recognized_{role}_train"] = round(train_accuracy, 2)
+        measures[f"recognized_{role}_test"] = round(test_accuracy, 2)
         measures[f"frechet_{role}"] = round(frechet_distance(reference[role], test_features), 2)
     return reference, measures
 

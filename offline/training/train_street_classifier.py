@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import utils
 from offline.training.common import CPU, definitions, describe_size, round_and_save
 
-TARGET = utils.OFFLINE / "weights" / "street_classifier.pt"
+TARGET = utils.OFFLINE_FOLDER / "weights" / "street_classifier.pt"
 AUGMENTATION = (  # in words, for the .json; `augmented` does it
     "Rotated, zoomed, sheared and shifted a little, of another contrast, 8 x 8 pixels erased."
 )
