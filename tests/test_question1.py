@@ -33,19 +33,6 @@ def test_the_trunk_is_the_starters_base_cnn_and_a_head_has_one_hidden_layer(nb):
     assert repr(nb.task_head()) == repr(head)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_recipe_with_half_the_channels_halves_every_layer_of_the_trunk(nb, kind):
-    recipe = nb.Recipe(channels=32)
-    split = noise_split(20, 20)
-    plan = utils.Plan("narrow", epochs=1, steps_per_epoch=1)
-    single, _ = nb.train_single(split, None, recipe, plan)
-    two_heads = nb.TwoHeads(kind, [recipe, recipe])
-    for model in (single, two_heads.model_of_task(0), two_heads.model_of_task(1)):
-        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-        assert [layer.out_channels for layer in convolutions] == [16, 32, 32]
-        assert model(torch.randn(2, 1, 20, 20)).shape == (2, 10)
-
-
 @pytest.mark.parametrize(("kind", "passes"), list(zip(KINDS, (1, 1, 2), strict=True)))
 def test_the_first_batch_norm_sees_both_halves_or_one_half_as_the_kind_says(nb, kind, passes):
     """Mixed: the statistics are of both halves. Else: each half is normalized by its own."""
