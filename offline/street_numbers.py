@@ -183,12 +183,12 @@ def _choose_faces(rng: torch.Generator, n: int) -> _Faces:
     A face weighs 1 / sqrt(faces of its family): a family with four faces is chosen twice as often
     as a family with a single one.
     """
-    family_of, glyphs = [], []
+    family_of, measured_faces = [], []
     for number, family in enumerate(FONT_FAMILIES.values()):
         for face in family:
             family_of.append(number)
-            glyphs.append(_glyph_fields(*face))
-    fields, half_widths, half_strokes = zip(*glyphs, strict=True)
+            measured_faces.append(_glyph_fields(*face))
+    fields, half_widths, half_strokes = zip(*measured_faces, strict=True)
     family_size = torch.bincount(torch.tensor(family_of))[family_of]
     share = 1.0 / family_size.float().sqrt()
     chosen = torch.multinomial(share, n, replacement=True, generator=rng)
@@ -566,12 +566,12 @@ def _camera(rng: torch.Generator, image: Tensor, scale: Tensor, contrast: Tensor
     # In pixels of the photograph: the height of a digit, and from it the photograph's side.
     height_in_photo = torch.exp(_uniform(rng, np.log(9.5), np.log(36), n, 1, 1))
     photo_side = (_SIZE * height_in_photo / scale).clamp(max=_SIZE)
-    rows_first = image.permute(0, 2, 1, 3)
-    rows_first = _photograph(rng, rows_first, scale, photo_side)
-    rows_first = _add_noise(rng, rows_first, amount)
-    rows_first = _compress(rng, rows_first, amount)
-    rows_first = _enlarge(rng, rows_first, photo_side)
-    return rows_first.permute(0, 2, 1, 3).contiguous()
+    by_rows = image.permute(0, 2, 1, 3)  # n x rows x 3 x columns
+    by_rows = _photograph(rng, by_rows, scale, photo_side)
+    by_rows = _add_noise(rng, by_rows, amount)
+    by_rows = _compress(rng, by_rows, amount)
+    by_rows = _enlarge(rng, by_rows, photo_side)
+    return by_rows.permute(0, 2, 1, 3).contiguous()
 
 
 def _render_chunk(rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:

@@ -609,9 +609,9 @@ def sources(cells: Iterable[NotebookNode]) -> list[str]:
     return [cell.source for cell in cells]
 
 
-def copy_outputs(executed: NotebookNode, committed: NotebookNode) -> None:
-    """Give the code cells of `committed` the outputs of those of `executed`."""
-    for cell, executed_cell in zip(code_cells(committed), code_cells(executed), strict=True):
+def copy_outputs(run: NotebookNode, committed: NotebookNode) -> None:
+    """Give the code cells of `committed` the outputs of those of `run`."""
+    for cell, executed_cell in zip(code_cells(committed), code_cells(run), strict=True):
         cell.outputs = executed_cell.outputs
         cell.execution_count = executed_cell.execution_count
 

@@ -91,16 +91,18 @@ def one_hot(labels: Tensor) -> Tensor:
 
 
 class RealImages:
-    """One part ('train' or 'test') of both sets, MNIST padded to 32 x 32.
+    """One split ('train' or 'test') of both sets, MNIST padded to 32 x 32.
 
     `splits` has labels 0 to 9, and MNIST in one channel. `draw` and `batch` give three channels and
     the classes of DIGIT_CLASSES: 0 to 9 for SVHN, 10 to 19 for MNIST.
     """
 
-    def __init__(self, street: utils.DigitData, handwritten: utils.DigitData, part: str) -> None:
-        small = getattr(handwritten, part)
+    def __init__(
+        self, street: utils.DigitData, handwritten: utils.DigitData, split_name: str
+    ) -> None:
+        small = getattr(handwritten, split_name)
         padded = utils.Split(F.pad(small.images, (2, 2, 2, 2)), small.labels)
-        self.splits = {"street": getattr(street, part), "handwritten": padded}
+        self.splits = {"street": getattr(street, split_name), "handwritten": padded}
 
     def draw(self, role: str, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` random images of one set, float N x 3 x 32 x 32 in -1..1, and their classes."""
