@@ -64,6 +64,19 @@ def test_a_short_training_makes_color_images_gray(bench):
         assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
+def test_a_training_that_grows_begins_with_small_images(bench, monkeypatch):
+    sides = []
+
+    def record_side(images, *_):
+        sides.append(images.shape[-1])
+        return images
+
+    monkeypatch.setattr(bench.definitions, "augment", record_side)
+    recipe = bench.ShortRecipe(side=24, grow=True, batch_size=32)
+    bench.short_training(noise_split(320), recipe, 1.0, seed=0)
+    assert sides == [18] * 3 + [24] * 7
+
+
 def test_the_quick_trunk_gives_the_numbers_of_the_notebooks(bench):
     trunk = bench.definitions.base_trunk()
     quick = bench.quick_trunk()

@@ -2,6 +2,7 @@
 
 import ast
 import dis
+import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -127,6 +128,12 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
             assert rows(names["fit_parts"][number]) == rows(splits[role][0])
             assert rows(names["held_parts"][number]) == rows(splits[role][1])
         assert all(recipe.grow for recipe in names["shared_recipes"])
+        for number, role in enumerate(tasks):
+            assert handed[role, 0].args[2] is names["shared_recipes"][number]
+        names["train_multi"] = lambda setting, plan: (setting, [])
+        names["task_accuracies"] = lambda setting, splits: (setting, splits)
+        setting, judged_by = names["validate_two_heads"]("mixed", None)
+        assert setting.train is names["fit_parts"] and judged_by is names["held_parts"]
         for trial in handed.values():
             assert trial.args[-1].steps_per_epoch == len(splits["street"][0]) // 64
     assert len(handed) >= 5
@@ -173,12 +180,14 @@ def test_all_models_of_d_see_64_images_of_a_data_set_in_a_step(nb, handed, tasks
     suggested = (nb.BASELINE, nb.BASELINE)
     baseline = nb.TwoTasks(train, test, suggested, "mixed")
     given = {"mnist": pair[0], "svhn": pair[1], "baseline_setting": baseline}
-    given |= {"selected_setting": baseline, "small_recipes": (nb.STRONG, nb.HOUSE_NUMBERS)}
+    given["selected_setting"] = replace(baseline, batch_norm="per domain")
+    given["small_recipes"] = (nb.STRONG, nb.HOUSE_NUMBERS)
     run_cell(nb, 'title="1 (d)"', **given)
     for (kind, name, _), task in handed.items():
         assert task.args[-1].steps_per_epoch == (2 if kind == "selected" else 1)
         if name == "two heads":  # its loaders always give 64 + 64
             assert len(task.args[0].train[0]) == 50
+            assert task.args[0].batch_norm == ("mixed" if kind == "baseline" else "per domain")
         else:
             assert task.args[2].batch_size == 64
     assert handed["baseline", "street", 0].args[2] == replace(nb.BASELINE, batch_size=64)
@@ -255,6 +264,32 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]
     assert found["selected", "two heads"].tolist() == [pytest.approx([97, 96])]
     assert found["baseline", "two heads"].tolist() == [pytest.approx([87, 86])]
+    given |= {"small_acc": found, "tasks": tasks}
+    run_cell(nb, "# @title Table: few samples", **given)
+    assert tables[-1].iloc[0].tolist()[:3] == ["MNIST, baseline", "89.00", "87.00"]
+
+
+def test_no_digit_is_its_own_neighbor_in_the_share_of_the_other_set(nb, tables):
+    """Two sets of 11 points: each is nearer to all of the other set than to any of its own."""
+    gram = torch.eye(22)
+    gram[:11, 11:] = gram[11:, :11] = 1 / 12
+    z = torch.linalg.cholesky(gram)
+    data = utils.DigitData("MNIST", noise_split(11), noise_split(11), real=True)
+    points = {}
+    for name, vectors in (("mnist test", z[:11]), ("svhn test", z[11:])):
+        points[name] = nb.LabeledVectors(vectors, data.test.labels)
+
+    class FirstTwo:
+        def __init__(self, **_):
+            pass
+
+        def fit_transform(self, points):
+            return points[:, :2]
+
+    given = {"points": points, "points_untrained": points, "mnist": data, "svhn": data}
+    given |= {"TSNE": FirstTwo, "results": {"joint_embedding": {}}}
+    names = run_cell(nb, "# @title Figure: the joint space", **given)
+    assert names["neighbors_of_other_set"]["trained"] == pytest.approx(100)
 
 
 def test_errors_of_a_digit_are_those_of_its_label(nb, tables):
@@ -354,3 +389,9 @@ def test_any_cell_can_be_run_again_as_what_it_needs_is_assigned_in_one_place():
     for number, needed in needs:
         for name in needed - {"claims", "results"}:  # which all cells add to
             assert len(places.get(name, [])) <= 1, (name, "needed in", number, places[name])
+
+
+def test_the_check_finds_in_how_many_steps_the_distance_doubles(nb):
+    names = run_cell(nb, "# @title A check of matrix and closed form")
+    for alpha, steps in names["results"]["dynamics"]["doubling_steps"].items():
+        assert math.hypot(1, float(alpha)) ** steps == pytest.approx(2)

@@ -114,6 +114,13 @@ def test_one_line_of_a_stage_stays_and_workers_resume_until_a_cell_changes():
         assert "resumed" not in line
 
 
+def test_each_finished_epoch_is_a_byte_of_the_stages_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "_epochs_file", tmp_path / "epochs")
+    utils.report_epochs(1)
+    utils.report_epochs(3)
+    assert (tmp_path / "epochs").stat().st_size == 4
+
+
 def test_the_first_stage_tells_the_time_of_the_run_unless_it_resumed_trainings(monkeypatch, capsys):
     monkeypatch.setitem(utils.RUN_TO_FIRST_STAGE_RATIO, "tiny", 300)
     monkeypatch.setattr(utils, "FIRST_STAGE", "first")

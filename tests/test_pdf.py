@@ -97,9 +97,12 @@ def test_links_lead_to_headings_and_the_words_of_broken_ones_stay():
     links += ", [map](#The-map-$A$)"
     broken = f"[dead](#nowhere), [empty](), [long](http://a/{'x' * 2500})"
     headings = map(md, ["## 1 (b) Each data set", "## Curves", "## Curves", "## The map $A$"])
-    pdf = export(md(f"# Title\n{links}, {broken}"), *headings)
+    html = {"text/html": "<a href='https://a.org/?q=$ab$'>query</a>"}  # no formula
+    pdf = export(md(f"# Title\n{links}, {broken}"), *headings, code("f()", shown(html)))
+    addresses = [link.get_object().get("/A", {}).get("/URI", "") for link in pdf.links]
+    assert "https://a.org/?q=$ab$" in addresses
     assert "1 (b), git, web, map, dead, empty, long" in pdf.text and not pdf.notices
-    assert len(pdf.links) == 4
+    assert len(pdf.links) == 5
 
 
 def test_a_link_to_a_heading_that_is_elsewhere_gets_its_label():
