@@ -74,7 +74,7 @@ def test_take_and_first_give_the_images_asked_for_in_that_order():
     assert same(split.take(np.array([3, 39, 3], dtype=np.uint8)), taken)  # no mask for torch
     assert same(split.first(7), split.take(torch.arange(7)))
     assert len(split.first(99)) == 40
-    for wrong in ([], [40], [-1], [0.5], [True, False]):
+    for wrong in (np.array([], dtype=int), [40], [-1], [0.5], [True, False]):
         with pytest.raises(ValueError, match="indices"):
             split.take(wrong)
     for wrong in (0, -3):
