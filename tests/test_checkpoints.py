@@ -155,20 +155,20 @@ def test_another_folder_process_comment_or_unused_function_does_not_change_the_k
     assert subprocess.check_output(command, env=environment, text=True).strip() == key
 
 
-class Named(list):
-    """A list that holds more than its items."""
+class Named:
+    """What a collection holds beside its items."""
 
     def __init__(self, items, name):
         super().__init__(items)
         self.name = name
 
 
-class Labels(set):
-    """A set that holds more than its items."""
+class NamedList(Named, list):
+    pass
 
-    def __init__(self, items, name):
-        super().__init__(items)
-        self.name = name
+
+class NamedSet(Named, set):
+    pass
 
 
 def values_of_all_kinds():
@@ -185,8 +185,8 @@ def values_of_all_kinds():
         *[math.exp, cmath.exp, np.sin, np.tanh, re.compile("a"), re.compile("b"), os, np, utils],
         *[lambda x: x, lambda *x: x, lambda *, x: x, lambda x, /: x],
         *[np.random.default_rng(1), np.random.default_rng(2)],
-        *[defaultdict(int), defaultdict(list), Named([1], "one"), Named([1], "two")],
-        *[Labels({1}, "one"), Labels({1}, "two"), Labels({2}, "two")],
+        *[defaultdict(int), defaultdict(list), NamedList([1], "one"), NamedList([1], "two")],
+        *[NamedSet({1}, "one"), NamedSet({1}, "two"), NamedSet({2}, "two")],
         *[update_wrapper(partial(math.pow, base), math.sqrt) for base in (2, 3)],
         *[np.array([[number], None], dtype=object) for number in (1000, 1001)],
     ]
@@ -205,7 +205,7 @@ def test_the_order_of_a_dict_counts_that_of_a_set_and_the_memory_layout_do_not()
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)  # their hashes collide
     assert key(one) == key(other)
-    assert key(Labels([0, 8], "a")) == key(Labels([8, 0], "a"))
+    assert key(NamedSet([0, 8], "a")) == key(NamedSet([8, 0], "a"))
     images = torch.arange(24.0).view(1, 2, 3, 4)
     assert key(images) == key(images.contiguous(memory_format=torch.channels_last))
 

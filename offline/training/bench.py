@@ -242,7 +242,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = gray_bytes(train.images) if train.images.shape[1] == 3 else train.images
-    notebook_recipe = definitions.Recipe(side=recipe.side, warp=recipe.warp)
+    notebook_recipe = definitions.Recipe(side=recipe.side, warp=recipe.warp, grow=recipe.grow)
     # In training, where batches are resampled below, `preprocessing` only standardizes images; in
     # eval mode, for the test images, it resamples as well.
     model = nn.Sequential(
@@ -263,8 +263,7 @@ def short_training(train: utils.Split, recipe: ShortRecipe, epochs: float, seed:
             rest = order[start:]
             order[start:] = with_hard_images(rest, is_hard, recipe.hard_share, generator)
         index = order[start : start + recipe.batch_size]
-        is_small = recipe.grow and step < 0.3 * steps
-        side = recipe.side - 6 if is_small else recipe.side
+        side = definitions.side_in_training(notebook_recipe, step / steps) or recipe.side
         batch = F.interpolate(images[index], (side, side), mode="bilinear", antialias=True)
         batch = definitions.augment(utils.to_float(batch), generator, notebook_recipe)
         with utils.autocast(CPU):
