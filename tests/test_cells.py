@@ -196,7 +196,7 @@ def test_all_models_of_d_see_64_images_of_a_data_set_in_a_step(nb, handed, tasks
     for kind, recipes in {
         "baseline": suggested_64,
         "per domain": suggested_64,
-        "brief": chosen,
+        "few steps": chosen,
         "selected": chosen,
     }.items():
         alone = tuple(handed[kind, name, 0].args[2] for name in ("handwritten", "street"))
