@@ -364,7 +364,7 @@ def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
     names = run_cell(nb, "# @title The strips", gan=gan)
     start, end = nb.truncated_noise(2, 3, names["TRUNCATION"], names["ONE_SEED"])
     for method in (nb.slerp, nb.lerp):
-        label = f"{names['ONE_CLASS']}, {method.__name__}: picked, truncation 0.8"
+        label = f"{names['ONE_CLASS']}, {method.__name__}: seed 12, truncation 0.8"
         strip = names["one_class"][label][:, :, 0, 0]
         assert_close(strip, names["TRUNCATION"] * nb.interpolate(start, end, method))
 
