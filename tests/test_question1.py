@@ -226,6 +226,20 @@ def test_curves_show_loss_and_error_of_both_parts_beside_each_other(nb):
     plt.close(figure)
 
 
+def test_curves_over_steps_count_those_of_each_run(nb):
+    row = {"train_cross_entropy": 1, "test_cross_entropy": 1, "train_acc": 50, "test_acc": 50}
+    history = [{"epoch": epoch, **row} for epoch in (1, 2, 3)]
+    runs = {"baseline": history, "selected": history}
+    figure = nb.plot_curves({"MNIST": runs}, {"baseline": 8, "selected": 120})
+    for axis in figure.axes:
+        steps = [list(line.get_xdata()) for line in axis.lines]
+        assert steps == [[8, 16, 24], [8, 16, 24], [120, 240, 360], [120, 240, 360]]
+        assert axis.get_xlabel() == "step"
+        labels = [line.get_label() for line in axis.lines]
+        assert labels == [f"{run}, {part}" for run in runs for part in ("training", "test")]
+    plt.close(figure)
+
+
 def test_a_small_p_value_is_not_written_with_false_precision(nb):
     assert [nb.p_text(p) for p in (1e-24, 0.0009, 0.0015, 0.04, 1.0)] == [
         *["< 0.001", "< 0.001", "0.002", "0.040", "1.000"],
