@@ -81,6 +81,6 @@ def test_the_text_gives_the_matrix_of_the_code(nb):
 
 def test_the_number_of_steps_to_double_is_right_in_the_text():
     (number,) = re.findall(
-        r"\\ln\(1 \+ \\alpha\^2\) \\approx ([\d.]+) / \\alpha\^2", text_of_notebook()
+        r"\\ln\(1 \+ \\alpha\^2\)\$ steps, about \$([\d.]+) / \\alpha\^2", text_of_notebook()
     )
     assert number == f"{2 * math.log(2):.2f}"
