@@ -249,7 +249,7 @@ def test_the_notebook_runs_alone_in_colab_and_keeps_all_on_the_drive(tmp_path):
     [  # just outside of what the words allow
         ("single_task/handwritten/test_acc", 99.5, "The selected models classify 99.6 %"),
         ("single_task/street/test_acc", 93.5, "about 40 % fewer errors"),
-        ("multi_task/street/test_acc", 95.7, "Two heads and single-task models differ"),
+        ("multi_task/street/test_acc", 95.7, "The selected two-head and single-task models"),
         ("joint_embedding/neighbors_of_other_set/trained", 30, "a quarter of the ten nearest"),
     ],
 )
