@@ -32,6 +32,7 @@ def test_slerp_turns_evenly_and_its_length_changes_evenly(nb):
     t = torch.linspace(0, 1, 11)
     points = nb.slerp(a, 3 * b, t)
     lengths = points.norm(dim=1)
+    assert_close(points[[0, -1]], torch.stack([a, 3 * b]))
     assert_close(lengths, torch.lerp(a.norm(), 3 * b.norm(), t), rtol=1e-5, atol=1e-5)
     unit = points / lengths[:, None]
     angles = torch.acos((unit[1:] * unit[:-1]).sum(dim=1))

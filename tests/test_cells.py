@@ -345,6 +345,32 @@ def test_the_reverse_way_asks_with_svhn_images(nb):
     }
 
 
+def test_the_figures_show_the_chosen_model_and_the_table_all_of_its_seeds(nb):
+    body = ast.parse(source_of("# @title Scores")).body
+    statements = [node for node in body if not isinstance(node, ast.FunctionDef)]
+    models = {("suggested", 3): "s3", ("suggested", 4): "s4", ("refined", 3): "r3"}
+    models["refined", 4] = "r4"
+    names = vars(nb) | {
+        "fit_mnist": noise_split(10_000),
+        "embeddings": {key: (model, []) for key, model in models.items()},
+        "SEEDS": [3, 4],
+        "best_variant": "refined",
+        "best_seed": 4,
+        "best_model": "r4",
+        "untrained": "u",
+        "embed": lambda model: f"points of {model}",
+        "score": lambda points: {"100": [1.0, 2.0], "of": points},
+    }
+    exec(ast.unparse(ast.Module(statements, [])), names)
+    assert names["points"] == "points of r4"
+    assert names["points_untrained"] == "points of u"
+    assert names["suggested_scores"]["of"] == "points of s3"
+    assert names["untrained_scores"]["of"] == "points of u"
+    shown = {seed: scores["of"] for seed, scores in names["scores_of_seed"].items()}
+    assert shown == {3: "points of r3", 4: "points of r4"}
+    assert names["best_scores"]["of"] == "points of r4"
+
+
 def test_wrong_neighbors_are_judged_by_the_labels_of_the_gallery(nb):
     z = torch.randn(2_500, 4, generator=seeded(0))
     queries = torch.randn(40, 4, generator=seeded(1))
