@@ -47,25 +47,17 @@ def take_averages_anew(model: nn.Module, images: Sequence[Tensor]) -> None:
     model.eval()
 
 
-def two_heads(
-    train: tuple[utils.Split, utils.Split],
-    test: tuple[utils.Split, utils.Split],
-    batch_norm: str,
-    plan: utils.Plan,
+def accuracies_of_two_heads(
+    model: nn.Module, setting: definitions.TwoTasks, test: tuple[utils.Split, utils.Split]
 ) -> list[float]:
     """Test accuracies on (MNIST, SVHN) as trained, then with averages taken anew: four numbers."""
-    recipe = replace(definitions.BASELINE, batch_size=BATCH)
-    setting = definitions.TwoTasks(train, None, (recipe, recipe), batch_norm)
-    model, _ = definitions.train_multi(setting, plan)
     before = definitions.task_accuracies(model, test)
-    take_averages_anew(model, [utils.to_float(split.images) for split in train])
+    take_averages_anew(model, [utils.to_float(split.images) for split in setting.train])
     return before + definitions.task_accuracies(model, test)
 
 
-def single_task(train: utils.Split, test: utils.Split, plan: utils.Plan) -> list[float]:
+def accuracies_of_one_task(model: nn.Module, train: utils.Split, test: utils.Split) -> list[float]:
     """Test accuracies of a single-task model as trained, then with averages taken anew."""
-    recipe = replace(definitions.BASELINE, batch_size=BATCH)
-    model, _ = definitions.train_single(train, None, recipe, plan)
     before = definitions.accuracy(utils.predict(model, test), test.labels)
     take_averages_anew(model, [utils.to_float(train.images)])
     after = definitions.accuracy(utils.predict(model, test), test.labels)
@@ -75,20 +67,25 @@ def single_task(train: utils.Split, test: utils.Split, plan: utils.Plan) -> list
 def main() -> None:
     """Print the test accuracies of every kind of model: their means over the seeds."""
     torch.set_num_threads(1)  # as in the notebook, so that the trainings are the same
-    sets = (
-        utils.load_mnist().map(definitions.pad_to),
-        utils.load_svhn().map(definitions.gray),
-    )
-    test = (sets[0].test, sets[1].test)
+    mnist = utils.load_mnist().map(definitions.pad_to)
+    svhn = utils.load_svhn().map(definitions.gray)
+    test = (mnist.test, svhn.test)
+    recipe = replace(definitions.BASELINE, batch_size=BATCH)
     found = {}  # kind of model -> numbers of each seed
     for seed in SEEDS:
-        train = tuple(definitions.balanced_subset(data.train, SIZE, seed) for data in sets)
         plan = utils.Plan("averages", EPOCHS, math.ceil(SIZE / BATCH), seed=seed)
         for batch_norm in ("mixed", "per domain"):
-            numbers = two_heads(train, test, batch_norm, plan)
+            whole = definitions.TwoTasks(
+                (mnist.train, svhn.train), None, (recipe, recipe), batch_norm
+            )
+            setting = definitions.few_samples(whole, SIZE, seed, watched=False)
+            trainings = definitions.three_trainings(setting, plan, (mnist.name, svhn.name))
+            model, _ = trainings["two heads"]()
+            numbers = accuracies_of_two_heads(model, setting, test)
             found.setdefault(f"two heads, {batch_norm}", []).append(numbers)
-        numbers = single_task(train[0], test[0], plan)
-        found.setdefault("MNIST alone", []).append(numbers)
+        model, _ = trainings["handwritten"]()  # one domain: the same in both settings
+        numbers = accuracies_of_one_task(model, setting.train[0], mnist.test)
+        found.setdefault(f"{mnist.name} alone", []).append(numbers)
     for kind, rows in found.items():
         print(f"{kind}: {np.mean(rows, axis=0).round(2).tolist()}, by seed {np.round(rows, 1)}")
 
