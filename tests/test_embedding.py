@@ -25,7 +25,9 @@ def embedded(nb, count, seed, dimensions=8):
 def test_random_triplets_reach_every_positive_and_every_negative_equally_and_independently(nb):
     torch.manual_seed(0)
     labels = torch.tensor([1, 1, 1, 0, 2, 2])
-    positive, negative = nb.mine_triplets(torch.ones(9000).long(), labels)
+    anchors = nb.LabeledVectors(torch.zeros(9000, 2), torch.ones(9000).long())
+    others = nb.LabeledVectors(torch.zeros(6, 2), labels)
+    positive, negative = nb.mine_triplets(anchors, others, semi_hard=False)
     pairs = Counter(zip(positive.tolist(), negative.tolist(), strict=True))
     assert set(pairs) == {(p, n) for p in (0, 1, 2) for n in (3, 4, 5)}
     assert all(abs(count - 1000) < 150 for count in pairs.values())  # standard deviation 30
@@ -35,7 +37,7 @@ def test_a_semi_hard_negative_is_the_nearest_beyond_the_positive_else_the_farthe
     torch.manual_seed(0)
     x, y = embedded(nb, 500, 1), embedded(nb, 50, 2)
     distances = torch.cdist(x.vectors, y.vectors)
-    positive, negative = nb.mine_triplets(x.labels, y.labels, distances)
+    positive, negative = nb.mine_triplets(x, y, semi_hard=True)
     assert (y.labels[positive] == x.labels).all()
     fallbacks = 0
     for row, label, p, n in zip(distances, x.labels, positive, negative, strict=True):
@@ -60,12 +62,10 @@ def test_the_loss_is_torchs_summed_over_both_sides_means_over_anchors(nb, name):
     assert variant.semi_hard == (name != "one-cycle")
     x, y = embedded(nb, 60, 7), embedded(nb, 50, 8)
     assert set(x.labels.tolist()) == set(y.labels.tolist()) == set(range(10))
-    distances = torch.cdist(x.vectors, y.vectors)
     torch.manual_seed(3)
     sides = []
-    for anchors, others, d in ((x, y, distances), (y, x, distances.T)):
-        d = d if variant.semi_hard else None
-        p, n = nb.mine_triplets(anchors.labels, others.labels, d)
+    for anchors, others in ((x, y), (y, x)):
+        p, n = nb.mine_triplets(anchors, others, variant.semi_hard)
         rows = (anchors.vectors, others.vectors[p], others.vectors[n])
         sides.append(nn.TripletMarginLoss(variant.margin, reduction="none")(*rows))
     torch.manual_seed(3)  # the same random numbers, so the same triplets

@@ -172,7 +172,7 @@ def test_a_subset_is_the_first_of_each_digit_in_the_seeds_permutation(nb):
     assert rows(subset) == rows(train.take(expected))
     assert torch.equal(subset.labels, torch.arange(10).repeat_interleave(50))
     assert rows(subset) != rows(nb.balanced_subset(train, 500, seed=5))
-    with pytest.raises(ValueError, match="need 70 of digit 0"):
+    with pytest.raises(ValueError, match="need 70 of each digit"):
         nb.balanced_subset(train, 700, seed=0)
 
 

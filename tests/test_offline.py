@@ -9,7 +9,7 @@ from conftest import CPU
 
 import utils
 from offline import digit_biggan, small_digits, street_numbers
-from offline.training import check_running_averages, train_digit_biggan
+from offline.training import train_digit_biggan
 
 
 def record(name):
@@ -92,19 +92,3 @@ def test_generated_digits_are_recognized_as_often_as_recorded(truncation):
     final = record("digit_biggan_log.json")["final"][str(truncation)]
     recorded = (final["recognized_street"] + final["recognized_handwritten"]) / 2
     assert accuracy == pytest.approx(recorded, abs=3)
-
-
-def test_averages_taken_anew_are_those_of_the_images_and_leave_the_weights_alone():
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(2)
-    norm.running_mean.fill_(9.0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), norm).eval()
-    weights = [weight.clone() for weight in model.parameters()]
-    images = torch.randn(check_running_averages.BATCH, 1, 8, 8)
-    check_running_averages.take_averages_anew(model, [images])
-    features = model[0](images)
-    assert torch.allclose(norm.running_mean, features.mean((0, 2, 3)), atol=1e-6)
-    assert torch.allclose(norm.running_var, features.var((0, 2, 3)), atol=1e-6)
-    assert not model.training
-    pairs = zip(weights, model.parameters(), strict=True)
-    assert all(torch.equal(before, after) for before, after in pairs)

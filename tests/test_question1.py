@@ -1,6 +1,7 @@
 """Question 1 (b) to (d): networks, losses, the loop, short trainings, and summaries over seeds."""
 
 import warnings
+from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +37,7 @@ def test_the_trunk_is_the_starters_base_cnn_and_a_head_has_one_hidden_layer(nb):
 @pytest.mark.parametrize(("kind", "passes"), list(zip(KINDS, (1, 1, 2), strict=True)))
 def test_the_first_batch_norm_sees_both_halves_or_one_half_as_the_kind_says(nb, kind, passes):
     """Mixed: the statistics are of both halves. Else: each half is normalized by its own."""
-    model = nb.TwoHeads(kind, [nb.BASELINE] * 2)
+    model = nb.two_head_model(kind, [nb.BASELINE] * 2)
     outputs = []
     model.trunk[1].register_forward_hook(lambda *call: outputs.append(call[-1]))
     halves = torch.randn(8, 1, 20, 20), 2 + torch.randn(8, 1, 20, 20)
@@ -55,7 +56,7 @@ def test_the_first_batch_norm_sees_both_halves_or_one_half_as_the_kind_says(nb, 
 def trained_two_heads(nb, kind):
     """A two-head model in use, whose domains have clearly different statistics."""
     torch.manual_seed(1)
-    model = nb.TwoHeads(kind, [nb.BASELINE, nb.Recipe(side=20)])
+    model = nb.two_head_model(kind, [nb.BASELINE, nb.Recipe(side=20)])
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.weight, 1, 0.3)
@@ -73,9 +74,30 @@ def test_the_model_of_one_task_is_its_half_of_the_joint_model(nb, kind, number):
     halves = torch.randn(4, 1, 20, 20), torch.randn(4, 1, 20, 20)
     with torch.no_grad():
         expected = model(*halves)[number]
-        assert torch.allclose(model.model_of_task(number)(halves[number]), expected, atol=1e-5)
-        other = model.model_of_task(1 - number)(halves[number])
+        assert torch.allclose(nb.model_of_task(model, number)(halves[number]), expected, atol=1e-5)
+        other = nb.model_of_task(model, 1 - number)(halves[number])
     assert not torch.allclose(other, expected, atol=1e-2)
+
+
+def test_recomputed_averages_are_those_of_each_data_sets_own_images(nb):
+    """Then a model in use gives what it gives in training with all images as one batch."""
+    train = (noise_split(40), noise_split(50, seed=1))
+    models = {"two heads": nb.two_head_model("per domain", [nb.BASELINE] * 2)}
+    for role in ROLES:
+        models[role] = nn.Sequential(nb.base_trunk(), nb.task_head())
+    before = {name: deepcopy(model.state_dict()) for name, model in models.items()}
+    found = nb.recompute_averages(models, train)
+    for number, role in enumerate(ROLES):
+        images = utils.to_float(train[number].images)
+        for model in (found[role], nb.model_of_task(found["two heads"], number)):
+            with torch.no_grad():
+                expected = deepcopy(model).train()(images)
+                assert torch.allclose(model.eval()(images), expected, atol=1e-3)
+    for name, model in models.items():
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[name][key])  # the models that were trained
+            if "running" not in key and "tracked" not in key:
+                assert torch.equal(value, found[name].state_dict()[key])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -183,14 +205,14 @@ def test_a_multi_task_training_learns_both_tasks_and_moves_all_weights(nb, kind)
     model, history = nb.train_multi(tasks, utils.Plan("x", epochs=4, steps_per_epoch=8))
     for number, role in enumerate(ROLES):
         last = nb.task_history(history, role)[-1]
-        own = nb.evaluate_split(model.model_of_task(number), test[number])
+        own = nb.evaluate_split(nb.model_of_task(model, number), test[number])
         assert {name: last[name] for name in own} == own
         assert own["test_acc"] > 90
     accuracies = nb.task_accuracies(model, (test[0], test[0]))
     assert accuracies[0] > 90
     assert accuracies[1] < 60
     utils.seed_torch(0)
-    assert_all_moved(model, nb.TwoHeads(kind, tasks.recipes).state_dict())
+    assert_all_moved(model, nb.two_head_model(kind, tasks.recipes).state_dict())
 
 
 def test_summaries_have_the_mean_the_sample_deviation_and_fewer_than_three_values_as_they_are(nb):
