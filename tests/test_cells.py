@@ -247,7 +247,7 @@ def test_results_of_c_are_each_heads_beside_those_of_single_models(nb, tables, t
     assert [result[role]["baseline_test_acc"] for role in tasks] == pytest.approx([90, 80])
     assert tables[0].iloc[1].tolist() == ["single task, baseline, %", 71, 72]
     measure, *differences = tables[0].iloc[-1]
-    assert measure.startswith("difference of the selected")
+    assert measure.startswith("selected: two heads minus single")
     assert [text.split()[0] for text in differences] == ["-1.00", "+2.00"]
 
 

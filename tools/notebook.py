@@ -62,9 +62,9 @@ UTILS = SOURCE
 ours = Path("utils.py").resolve()
 if not ours.exists():
     # Renamed when complete: a full disk or an interrupt must not leave half a module.
-    partial = ours.with_name("utils.py.partial")
-    partial.write_text(UTILS, encoding="utf-8", newline="\\n")
-    partial.replace(ours)
+    unfinished = ours.with_name("utils.py.partial")
+    unfinished.write_text(UTILS, encoding="utf-8", newline="\\n")
+    unfinished.replace(ours)
 elif ours.read_text(encoding="utf-8") != UTILS:
     print(
         "The utils.py in this folder differs from this copy, and is the one used; "
