@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,8 @@ BEST = {  # of what is tried, the last: the name in the notebook, and what it mu
 @pytest.mark.parametrize("step", BEST)
 def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, handed, tasks, step):
     splits = {role: nb.train_val_split(data.train) for role, data in tasks.items()}
-    names = run_cell(nb, f'title="1 {step}"', tasks=tasks, splits=splits, PROBE_STEPS=100)
+    given = {"tasks": tasks, "splits": splits, "PROBE_STEPS": 100, "PROBE_SEEDS": [0, 1]}
+    names = run_cell(nb, f'title="1 {step}"', **given)
     trials_of_one_task = []
     for key, trial in handed.items():
         trials_of_one_task += [(role, trial) for role in tasks if role in key]
@@ -133,8 +135,13 @@ def test_what_is_tried_is_judged_on_held_out_images_and_the_best_is_chosen(nb, h
             assert handed[role, 0].args[2] is names["shared_recipes"][number]
         names["train_multi"] = lambda setting, plan: (setting, [])
         names["task_accuracies"] = lambda setting, splits: (setting, splits)
-        setting, judged_by = names["validate_two_heads"]("mixed", None)
+        setting, judged_by = names["validate_two_heads"]("another", None)
         assert setting.train is names["fit_parts"] and judged_by is names["held_parts"]
+        assert setting.batch_norm == "another"
+        assert setting.recipes is names["shared_recipes"]
+        for batch_norm in ("mixed", "separate passes", "per domain"):
+            assert handed[batch_norm, 1].args[0] == batch_norm
+        assert all(trial.args[-1].seed == seed for (_, seed), trial in handed.items())
         for trial in handed.values():
             assert trial.args[-1].steps_per_epoch == len(splits["street"][0]) // 64
     assert len(handed) >= 5
@@ -231,8 +238,10 @@ def test_results_of_c_are_each_heads_beside_those_of_single_models(nb, tables, t
         ("selected", 0): (Pair(4, 8), []),
         ("selected", 1): (Pair(2, 7), []),
     }
-    pair = tuple(tasks.values())
-    given = {"tasks": tasks, "multi": multi, "baseline_pair": pair, "selected_pair": pair}
+    mnist, svhn = tasks.values()
+    baseline_pair = (replace(mnist, test=mnist.test.first(50)), svhn)  # 10 of 50 will be wrong
+    given = {"tasks": tasks, "multi": multi, "baseline_pair": baseline_pair}
+    given["selected_pair"] = (mnist, svhn)
     given["single_acc"] = {
         ("handwritten", "baseline"): [71.0],
         ("handwritten", "selected"): [97.0, 99.0],
@@ -244,7 +253,7 @@ def test_results_of_c_are_each_heads_beside_those_of_single_models(nb, tables, t
     result = names["results"]["multi_task"]
     assert result["handwritten"]["per_seed"] == pytest.approx([96, 98])
     assert result["street"]["per_seed"] == pytest.approx([92, 93])
-    assert [result[role]["baseline_test_acc"] for role in tasks] == pytest.approx([90, 80])
+    assert [result[role]["baseline_test_acc"] for role in tasks] == pytest.approx([80, 80])
     assert tables[0].iloc[1].tolist() == ["single task, baseline, %", 71, 72]
     measure, *differences = tables[0].iloc[-1]
     assert measure.startswith("selected: two heads minus single")
@@ -271,6 +280,9 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     stored = names["results"]["few_samples"]["test_acc"]["baseline"]["two heads"]
     assert stored == [pytest.approx([87]), pytest.approx([86])]
     assert names["results"]["few_samples"]["validation"]["street"] == {"strong": 60.0}
+    for key, expected in (("single_task_50", [99, 98]), ("multi_task_50", [97, 96])):
+        means = [names["results"][key][role]["mean"] for role in tasks]
+        assert means == pytest.approx(expected)
     assert found["selected", "single task"].tolist() == [pytest.approx([99, 98])]
     assert found["selected", "two heads"].tolist() == [pytest.approx([97, 96])]
     assert found["baseline", "two heads"].tolist() == [pytest.approx([87, 86])]
@@ -282,8 +294,105 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     }
     given["small_acc"]["chosen recipes", "two heads"] = found["selected", "two heads"]
     run_cell(nb, "# @title Table: few samples", **given)
-    assert tables[-1].iloc[0].tolist()[:3] == ["MNIST, baseline", "89.00", "87.00"]
+    assert tables[-1].iloc[0].tolist() == ["MNIST, baseline", "89.00", "87.00", "-2.00"]
     assert tables[-1].iloc[7].tolist()[:3] == ["SVHN, recomputed", "78.00", "94.00"]
+
+
+def test_accuracies_with_few_samples_are_each_on_its_own_test_set(nb):
+    tests = (marked(100), marked(50))
+    models = {"handwritten": Guess(10), "street": Guess(10), "two heads": Pair(20, 20)}
+    found = nb.small_accuracies(models, tests)
+    assert found["single task"] == pytest.approx([90, 80])
+    assert found["two heads"] == pytest.approx([80, 60])
+
+
+def test_each_seed_of_d_has_its_own_samples_also_where_averages_are_recomputed(nb, handed, tasks):
+    mnist, svhn = tasks.values()
+    padded = mnist.map(nb.pad_to)
+    baseline = nb.TwoTasks(
+        (padded.train, svhn.train), (padded.test, svhn.test), (nb.BASELINE,) * 2, "mixed"
+    )
+    selected = replace(baseline, train=(mnist.train, svhn.train), test=(mnist.test, svhn.test))
+    given = {"mnist": mnist, "svhn": svhn, "tasks": tasks, "SMALL_SEEDS": [0, 1]}
+    given |= {"baseline_setting": baseline, "selected_setting": selected}
+    given["small_recipes"] = (nb.STRONG, nb.HOUSE_NUMBERS)
+    names = run_cell(nb, 'title="1 (d)"', **given)
+    setting_of = {
+        "baseline": baseline,
+        "per domain": baseline,
+        "chosen recipes": selected,
+        "selected": selected,
+    }
+
+    def drawn(kind, seed):
+        return [rows(nb.balanced_subset(part, 50, seed)) for part in setting_of[kind].train]
+
+    for (kind, name, seed), task in handed.items():
+        assert task.args[-1].seed == seed
+        if name == "two heads":
+            assert [rows(part) for part in task.args[0].train] == drawn(kind, seed)
+
+    judged = []  # (kind, seed, whether recomputed)
+
+    def recompute_averages(models, train):
+        kind, _, seed = models["two heads"]
+        assert [rows(part) for part in train] == drawn(kind, seed)
+        return {"two heads": (kind, "recomputed", seed)}
+
+    def small_accuracies(models, tests):
+        kind, name, seed = models["two heads"]
+        assert tests is setting_of[kind].test
+        judged.append((kind, seed, name == "recomputed"))
+        return {"single task": [0, 0], "two heads": [0, 0]}
+
+    given |= {"SMALL_SETTINGS": names["SMALL_SETTINGS"], "small_chosen": {}}
+    given |= {"small": {key: (key, []) for key in handed}, "small_validation": {}}
+    given |= {"recompute_averages": recompute_averages, "small_accuracies": small_accuracies}
+    run_cell(nb, "# @title Results of (d)", **given)
+    expected = [(kind, seed, False) for kind in setting_of for seed in (0, 1)]
+    expected += [("per domain", 0, True), ("per domain", 1, True)]
+    assert sorted(judged) == sorted(expected)
+
+
+def test_the_curve_over_sizes_is_of_each_size_and_test_set(nb, tables):
+    models = ("handwritten", "street", "two heads")
+    curve = {}
+    for size in (10, 20):
+        for seed in (0, 1):
+            for number, name in enumerate(models):
+                curve[size, name, seed] = Guess(size + seed + 5 * number), []
+            curve[size, "two heads", seed] = Pair(size + seed + 10, size + seed + 15), []
+    setting = nb.TwoTasks(None, (marked(100), marked(50)), None, "per domain")
+    given = {"curve": curve, "CURVE_SIZES": [10, 20], "CURVE_SEEDS": [0, 1], "CURVE_STEPS": 1}
+    given |= {"selected_setting": setting, "tasks": dict.fromkeys(CHOSEN, DIGITS)}
+    results = run_cell(nb, "# @title Figure: accuracy against", **given)["results"]
+    curves = results["samples_curve"]
+    assert np.allclose(curves["single_task"]["handwritten"], [[90, 89], [80, 79]])
+    assert np.allclose(curves["single_task"]["street"], [[70, 68], [50, 48]])
+    assert np.allclose(curves["multi_task"]["handwritten"], [[80, 79], [70, 69]])
+    assert np.allclose(curves["multi_task"]["street"], [[50, 48], [30, 28]])
+
+
+def test_positives_and_negatives_are_told_apart_by_their_labels(nb, tables, monkeypatch):
+    drawn = []
+
+    def hist(axis, values, *_, label, **__):
+        drawn.append((label, values))
+        axis.plot([], label=label)
+
+    monkeypatch.setattr(plt.Axes, "hist", hist)
+    labels = torch.arange(20) % 10
+    points = nb.LabeledVectors(F.one_hot(labels, 10).float(), labels)
+    opposite = nb.LabeledVectors(-points.vectors, labels)
+    stages = {
+        "untrained": {"mnist test": points, "svhn pool": opposite},
+        "trained": {"mnist test": points, "svhn pool": points},
+    }
+    given = {"stages": stages, "results": {"joint_embedding": {}}, "mnist": DIGITS, "svhn": DIGITS}
+    names = run_cell(nb, "# @title Figure: distances", **given)
+    assert names["negative_nearer"] == pytest.approx({"untrained": 100, "trained": 0})
+    assert [label for label, _ in drawn] == ["positives", "negatives"] * 2
+    assert drawn[2][1].max() < 0.1 < drawn[3][1].min()
 
 
 def test_no_digit_is_its_own_neighbor_in_the_share_of_the_other_set(nb, tables):
@@ -315,10 +424,11 @@ def test_errors_of_a_digit_are_those_of_its_label(nb, tables):
     svhn = utils.DigitData("SVHN", split, split, real=True)
     guess = labels.clone()
     guess[0] = 1
-    guesses = {("street", "selected", 0): guess}
-    given = {"single_guess": guesses, "multi_guess": guesses, "results": {"multi_task": {}}}
+    given = {"single_guess": {("street", "selected", 0): guess}, "results": {"multi_task": {}}}
+    given["multi_guess"] = {("street", "selected", 0): labels}
     names = run_cell(nb, "# @title Figure: errors of each digit", svhn=svhn, **given)
-    assert names["results"]["multi_task"]["digit_errors"]["single"] == [25.0] + [0.0] * 9
+    errors = names["results"]["multi_task"]["digit_errors"]
+    assert errors == {"single": [25.0] + [0.0] * 9, "multi": [0.0] * 10}
 
 
 def test_the_variant_with_the_best_mean_is_chosen_and_of_its_seeds_the_best(nb):
@@ -404,6 +514,10 @@ def test_one_class_is_shown_by_slerp_and_by_lerp(nb):
         label = f"{names['ONE_CLASS']}, {method.__name__}: seed 12, truncation 0.8"
         strip = names["one_class"][label][:, :, 0, 0]
         assert_close(strip, names["TRUNCATION"] * nb.interpolate(start, end, method))
+    for pair, seed in names["TWO_CLASSES"].items():
+        strip = names["two_classes"][f"{' to '.join(pair)}: seed {seed}, truncation 0.8"]
+        z, _ = nb.interpolate_classes(gan, pair, 0.8, seed)
+        assert_close(strip[:, :, 0, 0], 0.8 * z)
 
 
 def names_of(code, *operations):

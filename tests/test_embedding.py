@@ -207,6 +207,11 @@ def test_a_training_lowers_the_loss_moves_theta_and_w_and_leaves_g_bit_for_bit(n
     assert moved == {name for name in after if not name.startswith("g.")}
 
 
+def test_g_has_the_dropout_that_is_asked_for(nb):
+    layers = nb.StreetClassifier(dropout=0.05).modules()
+    assert [layer.p for layer in layers if isinstance(layer, nn.Dropout)] == [0.05] * 7
+
+
 def test_g_has_no_dropout_and_no_gradients_in_training(nb):
     model = nb.JointEmbedding(nb.StreetClassifier(), nb.BASELINE).train()
     images = torch.randn(4, 3, 32, 32)

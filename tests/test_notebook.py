@@ -283,5 +283,5 @@ def test_the_differences_in_the_tables_are_those_of_the_runs_accuracies(committe
     for models in results["few_samples"]["test_acc"].values():
         pairs = zip(models["two heads"], models["single task"], strict=True)
         expected += [nb.paired_difference(shared, alone) for shared, alone in pairs]
-    assert len(expected) == 10
+    assert len(expected) == 12
     assert {text.replace("-", "−") for text in expected} <= shown

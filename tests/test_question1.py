@@ -79,9 +79,19 @@ def test_the_model_of_one_task_is_its_half_of_the_joint_model(nb, kind, number):
     assert not torch.allclose(other, expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_task_is_prepared_by_its_own_recipe(nb, kind):
+    recipes = (nb.STRONG, nb.HOUSE_NUMBERS)
+    model = nb.two_head_model(kind, recipes).eval()
+    images = torch.randn(4, 1, 32, 32)
+    for prepare, recipe in zip(model.prepare, recipes, strict=True):
+        assert torch.equal(prepare(images), nb.preprocessing(recipe).eval()(images))
+
+
 def test_recomputed_averages_are_those_of_each_data_sets_own_images(nb):
     """Then a model in use gives what it gives in training with all images as one batch."""
-    train = (noise_split(40), noise_split(50, seed=1))
+    bright = noise_split(50, seed=1)
+    train = (noise_split(40), utils.Split(bright.images // 4 + 192, bright.labels))
     models = {"two heads": nb.two_head_model("per domain", [nb.BASELINE] * 2)}
     for role in ROLES:
         models[role] = nn.Sequential(nb.base_trunk(), nb.task_head())
@@ -154,6 +164,21 @@ def test_the_loop_is_plain_gradient_descent_with_a_schedule_and_returns_means(nb
     assert means["loss"] == means["cross_entropy"] == pytest.approx(np.mean(losses), abs=1e-6)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_an_epoch_has_the_precision_that_is_asked_for_and_keeps_no_graph(nb, monkeypatch):
+    monkeypatch.setenv("A3_PRECISION", "bf16")
+    kept = []
+    monkeypatch.setattr(nb, "mean_of", kept.extend)
+
+    def loss_fn(model, batch):
+        assert model(batch[0]).dtype == torch.bfloat16
+        return nb.classification_loss(model, batch)
+
+    training = utils.new_training(nn.Linear(3, 2), utils.Plan("x", 1, 1))
+    nb.train_epoch(training, iter([(torch.randn(2, 3), torch.tensor([0, 1]))]), loss_fn)
+    (row,) = kept
+    assert not any(value.requires_grad for value in row.values())
 
 
 def assert_all_moved(model, before):
