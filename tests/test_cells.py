@@ -401,21 +401,39 @@ def test_no_digit_is_its_own_neighbor_in_the_share_of_the_other_set(nb, tables):
     gram[:11, 11:] = gram[11:, :11] = 1 / 12
     z = torch.linalg.cholesky(gram)
     data = utils.DigitData("MNIST", noise_split(11), noise_split(11), real=True)
-    points = {}
+    labels = {"mnist test": data.test.labels, "svhn test": (data.test.labels + 3) % 10}
+    points, apart = {}, {}
+    mapped = []
     for name, vectors in (("mnist test", z[:11]), ("svhn test", z[11:])):
-        points[name] = nb.LabeledVectors(vectors, data.test.labels)
+        points[name] = nb.LabeledVectors(vectors, labels[name])
+        apart[name] = nb.LabeledVectors(torch.zeros(11, 22) + (name == "svhn test"), labels[name])
 
     class FirstTwo:
         def __init__(self, **_):
             pass
 
         def fit_transform(self, points):
+            mapped.append(points)
             return points[:, :2]
 
-    given = {"points": points, "points_untrained": points, "mnist": data, "svhn": data}
+    given = {"points": points, "points_untrained": apart, "mnist": data, "svhn": data}
     given |= {"TSNE": FirstTwo, "results": {"joint_embedding": {}}}
     names = run_cell(nb, "# @title Figure: the joint space", **given)
-    assert names["neighbors_of_other_set"]["trained"] == pytest.approx(100)
+    untrained, trained = mapped
+    assert set(untrained.flatten()) == {0, 1}
+    assert np.allclose(trained, z)
+    share = names["neighbors_of_other_set"]
+    assert share == {"untrained": pytest.approx(0), "trained": pytest.approx(100)}
+
+    axis = plt.figure().subplots()
+    names["draw_map"](axis, points, "")
+    disks, numerals = axis.collections[:10], axis.collections[10:]
+    for digit, disk in enumerate(disks):  # one collection for each digit of SVHN
+        own = z[11:, :2][labels["svhn test"] == digit]
+        assert_close(torch.tensor(disk.get_offsets().data, dtype=torch.float32), own)
+    places = [numeral.get_offsets().data[0] for numeral in numerals]  # one for each of MNIST
+    assert np.allclose(places, z[:11, :2])
+    plt.close(axis.figure)
 
 
 def test_errors_of_a_digit_are_those_of_its_label(nb, tables):
