@@ -355,13 +355,13 @@ def test_each_seed_of_d_has_its_own_samples_also_where_averages_are_recomputed(n
 
 
 def test_the_curve_over_sizes_is_of_each_size_and_test_set(nb, tables):
-    models = ("handwritten", "street", "two heads")
     curve = {}
     for size in (10, 20):
         for seed in (0, 1):
-            for number, name in enumerate(models):
-                curve[size, name, seed] = Guess(size + seed + 5 * number), []
-            curve[size, "two heads", seed] = Pair(size + seed + 10, size + seed + 15), []
+            wrong = size + seed
+            curve[size, "handwritten", seed] = Guess(wrong), []
+            curve[size, "street", seed] = Guess(wrong + 5), []
+            curve[size, "two heads", seed] = Pair(wrong + 10, wrong + 15), []
     setting = nb.TwoTasks(None, (marked(100), marked(50)), None, "per domain")
     given = {"curve": curve, "CURVE_SIZES": [10, 20], "CURVE_SEEDS": [0, 1], "CURVE_STEPS": 1}
     given |= {"selected_setting": setting, "tasks": dict.fromkeys(CHOSEN, DIGITS)}
