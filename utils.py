@@ -1729,11 +1729,12 @@ def set_figure_style() -> None:
 
 
 def show_figure(
-    figure: plt.Figure, number: int, name: str, caption: str, photo: bool = False
+    figure: plt.Figure, number: int | str, name: str, caption: str, photo: bool = False
 ) -> None:
     """Show, save (in the runs folder's figures/) and close a figure.
 
-    Plots are SVG; `photo` makes a PNG of 220 dpi. The caption is also the alternative text.
+    number: 3, or 'A3' in the appendix. Plots are SVG; `photo` makes a PNG of 220 dpi. The caption
+    is also the alternative text.
     """
     text = f"Figure {number}. {caption}"
     kind, media_type = ("png", "image/png") if photo else ("svg", "image/svg+xml")
@@ -1761,10 +1762,11 @@ def figure_bytes(figure: plt.Figure, kind: str, title: str) -> bytes:
 
 
 def show_table(
-    frame: pd.DataFrame, number: int, caption: str, at: DisplayHandle | None = None
+    frame: pd.DataFrame, number: int | str, caption: str, at: DisplayHandle | None = None
 ) -> None:
     """Show a table below its caption; floats have two decimals.
 
+    number: 3, or 'A3' in the appendix.
     `at`: a handle from `display(..., display_id=True)`; the table replaces what it shows.
     """
     text = f"Table {number}. {caption}"
@@ -1821,8 +1823,8 @@ IMAGE_TYPES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/w
 SHOWN_AS_WORDS = ["iframe", "video", "audio", "canvas", "object", "embed", "svg"]
 # What nbconvert wraps around everything.
 WRAPPERS = ".cell, .inner_cell, .text_cell_render, .highlight, [class^=output]"
-# The spaces in 95 %, 24 × 24, Table 4 and Figure 7, at which no line ends.
-BOUND_SPACE = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)|(?<=Table) (?=\d)|(?<=Figure) (?=\d)")
+# The spaces in 95 %, 24 × 24, Table 4 and Figure A1, at which no line ends.
+BOUND_SPACE = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)|((?<=Table)|(?<=Figure)) (?=A?\d)")
 LONGEST_LINK = 1500  # letters; Typst refuses longer ones
 FIRST_LINES, LAST_LINES = 26, 13  # what is shown of an output of more than 40 lines
 # All but tab, line feed and carriage return; str.translate drops what has the value None.

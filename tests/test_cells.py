@@ -264,7 +264,8 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     tests = tuple(data.test for data in tasks.values())
     setting = nb.TwoTasks(None, tests, (nb.TUNED, nb.TUNED), "mixed")
     small = {}
-    for kind, more in (("baseline", 10), ("per domain", 20), ("selected", 0)):
+    settings = {"baseline": 10, "per domain": 20, "chosen recipes": 30, "selected": 0}
+    for kind, more in settings.items():
         small[kind, "handwritten", 0] = Guess(1 + more), []
         small[kind, "street", 0] = Guess(2 + more), []
         small[kind, "two heads", 0] = Pair(3 + more, 4 + more), []
@@ -272,7 +273,7 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     trials = {("street", "strong"): 60.0}
     given = {"tasks": tasks, "mnist": tasks["handwritten"], "small": small, "small_chosen": {}}
     given["small_validation"] = trials
-    given["SMALL_SETTINGS"] = {"baseline": setting, "per domain": setting, "selected": setting}
+    given["SMALL_SETTINGS"] = dict.fromkeys(settings, setting)
     given["few_samples"] = lambda setting, *_, **__: replace(setting, train="subsets")
     given["recompute_averages"] = lambda models, train: {**models, **recomputed[train]}
     names = run_cell(nb, "# @title Results of (d)", **given)
@@ -289,10 +290,8 @@ def test_results_of_d_are_of_test_images(nb, tables, tasks):
     assert found["per domain", "two heads"].tolist() == [pytest.approx([77, 76])]
     assert found["recomputed", "single task"].tolist() == [pytest.approx([79, 78])]
     assert found["recomputed", "two heads"].tolist() == [pytest.approx([95, 94])]
-    given |= {
-        "small_acc": {**found, ("chosen recipes", "single task"): found["selected", "single task"]}
-    }
-    given["small_acc"]["chosen recipes", "two heads"] = found["selected", "two heads"]
+    assert found["chosen recipes", "two heads"].tolist() == [pytest.approx([67, 66])]
+    given |= {"small_acc": found, "SMALL_ROWS": names["SMALL_ROWS"]}
     run_cell(nb, "# @title Table: few samples", **given)
     assert tables[-1].iloc[0].tolist() == ["MNIST, baseline", "89.00", "87.00", "-2.00"]
     assert tables[-1].iloc[7].tolist()[:3] == ["SVHN, recomputed", "78.00", "94.00"]

@@ -45,10 +45,10 @@ def claim_sentences(notebook):
 
 
 def cited(notebook):
-    """Every "Figure 3" and "Table 2" of the text; "Figures 3 and 5" are two."""
+    """Every "Figure 3" and "Table A2" of the text; "Figures 3 and 5" are two."""
     text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    found = re.findall(r"\b(Figure|Table)s?\s+(\d+(?:(?:, | and )\d+)*)", text)
-    return {f"{kind} {n}" for kind, numbers in found for n in re.findall(r"\d+", numbers)}
+    found = re.findall(r"\b(Figure|Table)s?\s+(A?\d+(?:(?:, | and )A?\d+)*)", text)
+    return {f"{kind} {n}" for kind, numbers in found for n in re.findall(r"A?\d+", numbers)}
 
 
 def notebook_of(*cells):
@@ -109,12 +109,20 @@ def test_every_claim_stands_in_bold_and_every_bold_sentence_is_a_claim(committed
 
 
 def test_figures_and_tables_are_in_order_and_cited_and_every_figure_is_saved(committed):
-    names = [caption.partition(". ")[0] for caption in tool.captions(committed)]
-    figures = [name for name in names if name.startswith("Figure")]
-    tables = [name for name in names if name.startswith("Table")]
-    assert figures == [f"Figure {n + 1}" for n in range(len(figures))]
-    assert tables == [f"Table {n + 1}" for n in range(len(tables))]
+    """Those of the PDF's appendix have numbers of their own: A1, A2, ..."""
+    appendix = tool.tagged(committed, "cell-in-appendix")
+    body = [cell for cell in committed.cells if cell not in appendix]
+    names = []
+    for cells, mark in ((body, ""), (appendix, "A")):
+        captions = tool.captions(notebook_of(*cells))
+        own_names = [caption.partition(". ")[0] for caption in captions]
+        for kind in ("Figure", "Table"):
+            own_kind = [name for name in own_names if name.startswith(kind)]
+            assert own_kind == [f"{kind} {mark}{n + 1}" for n in range(len(own_kind))]
+            assert own_kind
+        names += own_names
     assert set(names) == cited(committed)
+    figures = [name for name in names if name.startswith("Figure")]
     assert len(tool.image_files(ROOT / "figures")) == len(figures) > 5
 
 

@@ -262,10 +262,12 @@ def test_odd_content_costs_nothing():
 
 
 def test_no_line_ends_between_a_number_and_its_unit_but_code_keeps_its_spaces():
-    pdf = export(md("so 95 % in Table 4, `96 %` <!-- not 98 % sure -->"), code("# 97 %"))
+    pdf = export(
+        md("so 95 % in Table 4 and Table A4, `96 %` <!-- not 98 % sure -->"), code("# 97 %")
+    )
     words = pdf.reader.pages[0].extract_text()
     assert "sure" not in words
-    for text in ("95\xa0%", "Table\xa04", "96 %", "97 %"):
+    for text in ("95\xa0%", "Table\xa04", "Table\xa0A4", "96 %", "97 %"):
         assert text in words
 
 
