@@ -64,8 +64,8 @@ class EvaluationClassifier(nn.Module):
     """Classifier of 32 x 32 color digits in the 20 classes of DIGIT_CLASSES.
 
     float N x 3 x 32 x 32 in -1..1 to N x 20 logits; `features` gives the N x 64 numbers before
-    the last ReLU, in which the Fréchet distance is measured. It never meets the generator in
-    training; the guide (training/train_digit_biggan.py), which does, has another architecture.
+    the last ReLU. It never meets the generator in training; the guide
+    (training/train_digit_biggan.py), which does, has another architecture.
     """
 
     def __init__(self) -> None:
